@@ -1,0 +1,56 @@
+"""The paper's synthetic data: random directions on the sphere of radius sqrt(d)."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+
+from paperlib.checks import check_count, check_dtype
+from paperlib.data.dataset import DataSet, to_sphere
+
+
+def sphere(
+    n: int, d: int, seed: int = 0, *, noise: float = 0.5, dtype: torch.dtype | None = None
+) -> DataSet:
+    """Gaussian directions scaled to ||x_i|| = sqrt(d), with noisy linear labels.
+
+        y = X g + noise * e,   g ~ N(0, I / d),   e ~ N(0, I)     (the paper takes noise = 0.5)
+
+    Drawn in float64 and then rounded, so that the values do not depend on `dtype`.
+
+    Args:
+        n: number of samples.
+        d: dimension.
+        seed: of the data.
+        noise: standard deviation of the noise in the labels.
+        dtype: torch.float32 (default) or torch.float64.
+
+    Returns:
+        A DataSet with real labels y of shape (n,), and no pictures.
+
+    Raises:
+        ValueError: for n below 1, d below 2 (the sphere of dimension 1 has two points), or noise
+            that is negative or not finite.
+    """
+    n, d = check_count("n", n), check_count("d", d, least=2)
+    dtype = check_dtype(dtype)
+    if not isinstance(noise, numbers.Real) or not (0 <= noise < math.inf):
+        raise ValueError(f"noise must be a finite number of at least 0, got {noise!r}")
+    generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
+    draw = {"generator": generator, "dtype": torch.float64}
+    X = to_sphere(torch.randn(n, d, **draw))
+    g = torch.randn(d, **draw) / math.sqrt(d)
+    y = X @ g + noise * torch.randn(n, **draw)
+    return DataSet(
+        X=X.to(dtype),
+        y=y.to(dtype),
+        class_index=torch.zeros(n, dtype=torch.int64),
+        class_names=(),
+        names=tuple(f"sample {i + 1}" for i in range(n)),
+        image_shape=None,
+        source=f"random directions in dimension {d}",
+        licence="none needed: drawn from a seed",
+        seed=seed,
+    )
