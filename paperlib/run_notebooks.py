@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -150,27 +151,29 @@ def run_all(
     jobs: Sequence[Job], *, at_once: int = 1, say: Callable[[str], None] = print
 ) -> list[str]:
     """Run the jobs, going on after a failure; returns the names of those that failed."""
-    failed = []
+    failed, finished, lock = [], 0, threading.Lock()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, (cores or 1) // at_once) if at_once > 1 else None
 
-    def timed(job: Job) -> float:
+    def run_and_tell(job: Job) -> None:
+        nonlocal finished
         if at_once == 1:
             say(f"{job.name}: running")
         clock = time.monotonic()
-        run(job, quiet=at_once > 1, threads=threads)
-        return time.monotonic() - clock
+        try:
+            run(job, quiet=at_once > 1, threads=threads)
+            outcome = f"done in {time.monotonic() - clock:.0f} s"
+        except Exception as error:  # whatever it was, the other notebooks go on
+            failed.append(job.name)
+            outcome = f"failed: {error}"
+        with lock:
+            finished += 1
+            say(f"{job.name}: {outcome} [{finished}/{len(jobs)}]")
 
     with ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(timed, job): job for job in jobs}
         try:
-            for done, future in enumerate(as_completed(running), start=1):
-                name = running[future].name
-                try:
-                    say(f"{name}: done in {future.result():.0f} s [{done}/{len(jobs)}]")
-                except Exception as error:  # whatever it was, the other notebooks go on
-                    failed.append(name)
-                    say(f"{name}: failed: {error} [{done}/{len(jobs)}]")
+            for future in [pool.submit(run_and_tell, job) for job in jobs]:
+                future.result()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
