@@ -84,6 +84,7 @@ unit-tests: $(STAMP) ## Only the unit tests
 
 notebook-tests: $(STAMP) ## Only the notebooks against their committed outputs
 ifneq ($(wildcard notebooks/*.ipynb),)
+	@mkdir -p '$(TEST_FIGURES)'
 	$(TEST_ENVIRONMENT) $(PY) -m pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks/
 endif
 
