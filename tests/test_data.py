@@ -10,7 +10,6 @@ from paperlib.data import (
     image_folder,
     photographs,
     sphere,
-    to_sphere,
 )
 from paperlib.data.photographs import SPLITS, SUBJECTS, _photograph
 from paperlib.data.selection import ClassPool, Item, choose
@@ -264,16 +263,6 @@ def test_sphere_follows_its_definition():
     for bad in ({"n": 0, "d": 5}, {"n": 5, "d": 1}, {"n": 5, "d": 5, "noise": -1.0}):
         with pytest.raises(ValueError, match="at least"):
             sphere(**bad)
-
-
-def test_rows_without_direction_cannot_be_put_on_the_sphere():
-    X = to_sphere(torch.tensor([[3.0, 4.0], [0.0, 1e-20]]))
-    torch.testing.assert_close(X, 2**0.5 * torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
-    for bad in (0.0, torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="row 1 of X is zero or not finite"):
-            to_sphere(torch.tensor([[1.0, 1.0], [bad, 0.0]]))
-    with pytest.raises(ValueError, match="shape"):
-        to_sphere(torch.ones(3))
 
 
 def test_cifar10_from_a_folder_of_pictures(folder, monkeypatch):

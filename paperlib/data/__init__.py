@@ -1,7 +1,7 @@
 """Data sets: rows on the sphere of radius sqrt(d), labels, and the way back to pictures."""
 
 from paperlib.data.cifar10 import cifar10
-from paperlib.data.dataset import DataSet, to_sphere
+from paperlib.data.dataset import DataSet
 from paperlib.data.digits import digits
 from paperlib.data.faces import faces
 from paperlib.data.image_folder import image_folder
@@ -16,5 +16,4 @@ __all__ = [
     "image_folder",
     "photographs",
     "sphere",
-    "to_sphere",
 ]

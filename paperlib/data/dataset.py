@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paperlib.checks import check_dtype
+from paperlib.sphere import to_sphere
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,24 +147,6 @@ def _to_numpy(values: object) -> np.ndarray:
     if isinstance(values, Tensor):
         return values.detach().cpu().numpy()
     return np.asarray(values)
-
-
-def to_sphere(X: Tensor) -> Tensor:
-    """Scales each row of X, shape (n, d), to the norm sqrt(d).
-
-    Raises:
-        ValueError: when X is not a matrix, or a row is zero or not finite, so that it has no
-            direction.
-    """
-    if X.ndim != 2:
-        raise ValueError(f"X must have shape (n, d), got {tuple(X.shape)}")
-    # In float64, so that the rows are on the sphere to the last digit of their own type.
-    norms = torch.linalg.vector_norm(X.double(), dim=1, keepdim=True)
-    without = ~(torch.isfinite(norms) & (norms > 0))
-    if bool(without.any()):
-        row = int(without.flatten().nonzero()[0])
-        raise ValueError(f"row {row} of X is zero or not finite: it has no direction")
-    return (X.double() * (math.sqrt(X.shape[1]) / norms)).to(X.dtype)
 
 
 def standardise(

@@ -8,7 +8,8 @@ import numbers
 import torch
 
 from paperlib.checks import check_count, check_dtype
-from paperlib.data.dataset import DataSet, to_sphere
+from paperlib.data.dataset import DataSet
+from paperlib.sphere import random_on_sphere
 
 
 def sphere(
@@ -40,7 +41,7 @@ def sphere(
         raise ValueError(f"noise must be a finite number of at least 0, got {noise!r}")
     generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
     draw = {"generator": generator, "dtype": torch.float64}
-    X = to_sphere(torch.randn(n, d, **draw))
+    X = random_on_sphere(n, d, generator=generator)
     g = torch.randn(d, **draw) / math.sqrt(d)
     y = X @ g + noise * torch.randn(n, **draw)
     return DataSet(
