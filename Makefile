@@ -76,7 +76,8 @@ lint: $(STAMP) ## Lint and check the format
 
 # One thread a worker: the workers share the cores, and a fixed number of threads makes the rounding
 # the same on every machine of one kind.
-TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TQDM_DISABLE=1 PAPERLIB_FIGURES='$(TEST_FIGURES)'
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TQDM_DISABLE=1 PAPERLIB_PROGRESS=0 \
+    PAPERLIB_FIGURES='$(TEST_FIGURES)'
 PARALLEL := -n $(TEST_JOBS) --dist loadscope
 
 unit-tests: $(STAMP) ## Only the unit tests

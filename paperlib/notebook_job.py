@@ -14,6 +14,9 @@ import yaml
 
 from paperlib.notebook_source import tags
 
+# The code that a notebook's results come from.
+PACKAGE = Path(__file__).parent
+
 # Libraries whose version changes what a notebook computes.
 LIBRARIES = ("numpy", "paperlib", "scikit-image", "scikit-learn", "scipy", "torch", "torchvision")
 
@@ -81,12 +84,11 @@ class Job:
     def key(self) -> str:
         """A hash of all that the result depends on: notebook, parameters, package, versions."""
         notebook = nbformat.read(self.notebook, as_version=4)
-        package = Path(__file__).parent
         parts = {
             "cells": [[cell.cell_type, cell.source, tags(cell)] for cell in notebook.cells],
             "parameters": self.parameters(),
             "package": {
-                str(path.relative_to(package)): file_hash(path) for path in package.rglob("*.py")
+                str(path.relative_to(PACKAGE)): file_hash(path) for path in PACKAGE.rglob("*.py")
             },
             "versions": library_versions(),
         }

@@ -96,7 +96,7 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
     key = job.key()  # taken first: an edit made during the run must not pass for what was run
     job.executed.parent.mkdir(parents=True, exist_ok=True)
     job.figures.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PAPERLIB_FIGURES": str(job.figures)}
+    environment = {**os.environ, "PAPERLIB_FIGURES": str(job.figures), "PAPERLIB_PROGRESS": "0"}
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(dir=job.executed.parent, prefix=".running-") as folder:

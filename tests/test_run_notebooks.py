@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from tiny_notebook import CHECK, PARAMETERS, write_notebook
 
+from paperlib import notebook_job
 from paperlib.notebook_job import Job, replace_file
 from paperlib.notebook_source import (
     check_values,
@@ -22,13 +23,13 @@ pathlib.Path(os.environ["PAPERLIB_FIGURES"], "drawn.png").write_bytes(b"picture"
 """
 
 
-@pytest.fixture(autouse=True)
-def own_figures_folder(monkeypatch):
-    monkeypatch.delenv("PAPERLIB_FIGURES", raising=False)
-
-
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path, monkeypatch):
+    """A project of one notebook, with a package of its own whose code the records watch."""
+    monkeypatch.delenv("PAPERLIB_FIGURES", raising=False)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/solver.py").write_text("STEPS = 1")
+    monkeypatch.setattr(notebook_job, "PACKAGE", tmp_path / "package")
     write_notebook(tmp_path / "notebooks/a.ipynb", CHECK, "print(n)", parameters=PARAMETERS)
     return tmp_path
 
@@ -141,6 +142,7 @@ def test_what_makes_a_notebook_run_again(root):
         (job.record, lambda old: old[: len(old) // 2]),
         (job.record, lambda old: b"[]"),
         (parameters, lambda old: b"n: 6"),
+        (root / "package/solver.py", lambda old: b"STEPS = 2"),
         (root / "figures/laptop/drawn.png", None),
         (job.record, None),
         (job.executed, None),
