@@ -83,7 +83,7 @@ def local_client(
             threads_per_worker=1,
             resources=dict(resources or {}),
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: two sweeps may run at once
         ) as cluster,
         Client(cluster) as client,
     ):

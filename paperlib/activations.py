@@ -1,0 +1,139 @@
+"""Activations of a feature map: value, slope, Hermite coefficients, linear part.
+
+With z ~ N(0, 1) and the normalised probabilists' Hermite polynomials h_r, every activation is
+act(z) = sum_r mu_r h_r(z). The order-one coefficient mu_1 = E[act'(z)] is the *linear part*,
+mu_1 z; what is left, act(z) - mu_1 z, is the *rest*. Theorem 1 of the paper expands the activation
+in this way, and the default solver projects the linear part off (see `lift.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy import integrate, special
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation applied entry by entry to the pre-activations u = V x.
+
+    Attributes:
+        name: the name that `activation(name)` knows it by.
+        value: u -> act(u), any shape, keeps device and dtype.
+        slope: u -> act'(u), same shape. At a kink the slope is 0 from the left.
+        has_relu: whether the activation contains a ReLU, which the paper's gradient treats with
+            a surrogate slope on the inactive side (see `published.py`).
+        odd: whether act(-u) = -act(u). Then phi(-x) = -phi(x), and no attack on any loss of the
+            span can tell x from -x.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    has_relu: bool = False
+    odd: bool = False
+
+    @property
+    def linear_coefficient(self) -> float:
+        """mu_1 = E[act'(z)], the Hermite coefficient of order one."""
+        return self.hermite_coefficients(1)[1]
+
+    def hermite_coefficients(self, order: int) -> tuple[float, ...]:
+        """The coefficients mu_0, .., mu_order of act in the normalised Hermite basis.
+
+        mu_r = E[act(z) He_r(z)] / sqrt(r!), by adaptive quadrature on each side of the kink.
+
+        Args:
+            order: the highest order wanted, at least 0.
+
+        Raises:
+            ValueError: if `order` is negative.
+        """
+        if order < 0:
+            raise ValueError(f"order must be at least 0, got {order}")
+        return tuple(_hermite_coefficient(self.name, r) for r in range(order + 1))
+
+
+@lru_cache(maxsize=1024)
+def _hermite_coefficient(name: str, r: int) -> float:
+    act = activation(name)
+    normaliser = math.sqrt(2 * math.pi) * math.exp(0.5 * special.gammaln(r + 1))
+
+    def integrand(z: float) -> float:
+        value = float(act.value(torch.tensor(z, dtype=torch.float64)))
+        return value * special.eval_hermitenorm(r, z) * math.exp(-0.5 * z * z) / normaliser
+
+    # He_r(z) exp(-z^2 / 2) is below 1e-16 of its peak beyond this range.
+    reach = 12.0 + math.sqrt(2.0 * r)
+    halves = [
+        integrate.quad(integrand, low, high, epsabs=1e-13, epsrel=1e-13, limit=200)[0]
+        for low, high in ((-reach, 0.0), (0.0, reach))
+    ]
+    coefficient = float(np.sum(halves))
+    return 0.0 if abs(coefficient) < 1e-12 else coefficient
+
+
+def _step(u: Tensor) -> Tensor:
+    return (u > 0).to(u.dtype)
+
+
+def _tanh_slope(u: Tensor) -> Tensor:
+    return 1 - torch.tanh(u).square()
+
+
+def _normal_density(u: Tensor) -> Tensor:
+    return torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi)
+
+
+def _normal_cdf(u: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(u / math.sqrt(2)))
+
+
+_ACTIVATIONS = {
+    act.name: act
+    for act in (
+        Activation("relu", torch.relu, _step, has_relu=True),
+        Activation(
+            "relu+tanh",
+            lambda u: torch.relu(u) + torch.tanh(u),
+            lambda u: _step(u) + _tanh_slope(u),
+            has_relu=True,
+        ),
+        Activation("tanh", torch.tanh, _tanh_slope, odd=True),
+        Activation(
+            "gelu", lambda u: u * _normal_cdf(u), lambda u: _normal_cdf(u) + u * _normal_density(u)
+        ),
+        Activation(
+            "erf",
+            torch.erf,
+            lambda u: torch.exp(-u.square()) * (2 / math.sqrt(math.pi)),
+            odd=True,
+        ),
+        Activation("softplus", torch.nn.functional.softplus, torch.sigmoid),
+    )
+}
+
+
+def activation_names() -> tuple[str, ...]:
+    """The names that `activation` knows, in alphabetical order."""
+    return tuple(sorted(_ACTIVATIONS))
+
+
+def activation(name: str | Activation) -> Activation:
+    """The activation of that name; an `Activation` is returned as it is.
+
+    Raises:
+        ValueError: if the name is not known.
+    """
+    if isinstance(name, Activation):
+        return name
+    if name not in _ACTIVATIONS:
+        known = ", ".join(activation_names())
+        raise ValueError(f"unknown activation {name!r}: expected one of {known}")
+    return _ACTIVATIONS[name]

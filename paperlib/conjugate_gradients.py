@@ -1,0 +1,73 @@
+"""Preconditioned conjugate gradients for the damped Gauss-Newton step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """What `conjugate_gradients` found.
+
+    Attributes:
+        x: the solution, a vector.
+        iterations: products with the operator.
+        relative_residual: ||r|| / ||b|| in the norm of the preconditioner, at the end.
+        decrease: b . x - x . A x / 2, how far the quadratic model fell.
+    """
+
+    x: Tensor
+    iterations: int
+    relative_residual: float
+    decrease: float
+
+
+def conjugate_gradients(
+    operator: Callable[[Tensor], Tensor],
+    b: Tensor,
+    preconditioner: Callable[[Tensor], Tensor],
+    *,
+    tolerance: float,
+    max_iterations: int,
+) -> LinearSolution:
+    """Solve A x = b for a positive definite A given by its product.
+
+    Args:
+        operator: v -> A v.
+        b: right side, a vector.
+        preconditioner: v -> P^-1 v, symmetric positive definite.
+        tolerance: stop at sqrt(r . P^-1 r) <= tolerance * sqrt(b . P^-1 b).
+        max_iterations: stop after this many products at the latest.
+
+    Directions of no or negative curvature, which rounding can produce in low precision, end the
+    iteration with what was reached before them.
+    """
+    x = torch.zeros_like(b)
+    r = b.clone()
+    z = preconditioner(r)
+    direction = z
+    rz = start = float(r @ z)
+    if start <= 0:
+        return LinearSolution(x, 0, 0.0, 0.0)
+    iterations = 0
+    while iterations < max_iterations and rz > tolerance**2 * start:
+        Ad = operator(direction)
+        iterations += 1
+        curvature = float(direction @ Ad)
+        if curvature <= 0:
+            break
+        step = rz / curvature
+        x = x + step * direction
+        r = r - step * Ad
+        z = preconditioner(r)
+        rz, before = float(r @ z), rz
+        if rz <= 0:
+            rz = 0.0
+            break
+        direction = z + (rz / before) * direction
+    decrease = 0.5 * float(x @ (b + r))
+    return LinearSolution(x, iterations, (rz / start) ** 0.5, decrease)

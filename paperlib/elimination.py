@@ -1,0 +1,74 @@
+"""Backward elimination: from more candidates than samples down to the right number.
+
+Removing candidate j from the span raises ||E||^2 by |alpha_j|^2 / [(Phi Phi^T)^-1]_jj, summed over
+outputs. The candidate that is missed least goes first. Both alpha and the inverse are updated
+after each removal, so that no pass over the features is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paperlib.projection import Linearization
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which candidates go, and what it costs.
+
+    Attributes:
+        kept: indices of the candidates that stay, ascending.
+        losses: losses[k] is L with k candidates kept, k = 0 .. n^, without moving any.
+    """
+
+    kept: Tensor
+    losses: list[float]
+
+
+def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
+    """How much ||E||^2 rises if one candidate is removed, for each, (n,).
+
+    Args:
+        inverse: (Phi Phi^T)^-1, (n, n).
+        alpha: (n, C) coefficients.
+    """
+    diagonal = inverse.diagonal()
+    costs = alpha.square().sum(1) / diagonal.clamp_min(torch.finfo(torch.float64).tiny)
+    # A direction that the pseudo-inverse left out has no weight: it is free to remove.
+    return torch.where(diagonal > 0, costs, 0)
+
+
+def eliminate(point: Linearization, n: int) -> Elimination:
+    """Remove candidates one at a time until n are left; the curve of losses goes on to 0.
+
+    Args:
+        point: the loss at the n^ >= n candidates.
+        n: how many to keep.
+    """
+    total = point.total_square
+    alive = list(range(len(point.X)))
+    inverse, alpha = point.gram_inverse.clone(), point.alpha.clone()
+    square = point.residual_square
+    losses = {len(alive): square / total}
+    kept = alive.copy()
+    while alive:
+        if len(alive) == n:
+            kept = alive.copy()
+        costs, diagonal = removal_costs(inverse, alpha), inverse.diagonal()
+        j = int(costs.argmin())
+        square += float(costs[j])
+        rest = [k for k in range(len(alive)) if k != j]
+        if float(diagonal[j]) > 0:
+            column = inverse[:, j] / diagonal[j]
+            alpha = alpha - column[:, None] * alpha[j]
+            inverse = inverse - column[:, None] * inverse[j]
+        alpha, inverse = alpha[rest], inverse[rest][:, rest]
+        del alive[j]
+        losses[len(alive)] = square / total
+    return Elimination(
+        torch.tensor(sorted(kept), device=point.X.device),
+        [losses[k] for k in range(len(point.X) + 1)],
+    )

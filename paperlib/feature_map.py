@@ -1,0 +1,99 @@
+"""What an attack needs of a model: its feature map phi: R^d -> R^p, in blocks of features.
+
+The solvers never see a model, only its features phi(X) and the two products with the Jacobians
+J_i = d phi / d x (x_i). A feature map hands them out block by block, a block being a range of the
+p features, so that nothing larger than (n, block height) has to exist at once and so that blocks
+can be streamed or live on several processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FeatureBlock(ABC):
+    """The features start, .., stop - 1 of a feature map.
+
+    Attributes:
+        start: first feature of the block.
+        stop: one past the last feature.
+        weights: (stop - start, d), the rows v_k of V where the features are act(v_k . x); None
+            for a general module. Only with weights can the linear part be lifted.
+    """
+
+    start: int
+    stop: int
+    weights: Tensor | None = None
+
+    @abstractmethod
+    def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Any]:
+        """Features of the block at X, (n, h), and a state that `jvp` and `vjp` need.
+
+        Args:
+            X: (n, d) points.
+            lifted: leave out the linear part mu_1 V x of the features.
+        """
+
+    @abstractmethod
+    def jvp(self, state: Any, dX: Tensor) -> Tensor:
+        """Row i is J_i dx_i restricted to the block, (n, h)."""
+
+    @abstractmethod
+    def vjp(self, state: Any, W: Tensor) -> Tensor:
+        """Row i is J_i^T w_i summed over the block, (n, d), for W of shape (n, h)."""
+
+    @abstractmethod
+    def slope_gram(self, state: Any) -> Tensor:
+        """The matrix tr(J_i^T J_j) / d of the block, (n, n), or an estimate of it."""
+
+
+class FeatureMap(ABC):
+    """A feature map phi: R^d -> R^p with Jacobian products.
+
+    Attributes:
+        d: dimension of an input.
+        p: number of features.
+        dtype: dtype of the features.
+        device: where they are computed.
+        linear_coefficient: mu_1 of the activation when blocks carry weights, else 0.
+        odd: whether phi(-x) = -phi(x), so that a sample is known only up to its sign.
+    """
+
+    d: int
+    p: int
+    dtype: torch.dtype
+    device: torch.device
+    linear_coefficient: float = 0.0
+    odd: bool = False
+
+    @abstractmethod
+    def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
+        """The blocks that this process holds, in order, computing in `dtype` (default: own)."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What is needed to build the same feature map again, as plain values."""
+
+    def sum_over_processes(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027 - a hook
+        """Add up partial sums in place where the features are split over processes."""
+
+    def features(self, X: Tensor) -> Tensor:
+        """phi(X), (n, p), for X of shape (n, d)."""
+        return torch.cat([block.linearize(X)[0] for block in self.blocks()], dim=1)
+
+    def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
+        """Jacobian-vector products, (n, p): row i is J_i dx_i."""
+        return torch.cat([block.jvp(block.linearize(X)[1], dX) for block in self.blocks()], dim=1)
+
+    def vjp(self, X: Tensor, W: Tensor) -> Tensor:
+        """Vector-Jacobian products, (n, d): row i is J_i^T w_i, for W of shape (n, p)."""
+        total = torch.zeros_like(X)
+        for block in self.blocks():
+            total += block.vjp(block.linearize(X)[1], W[:, block.start : block.stop])
+        self.sum_over_processes([total])
+        return total

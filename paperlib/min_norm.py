@@ -1,0 +1,66 @@
+"""Minimum-norm regression on a feature map: the training that the paper's theorems assume."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paperlib.checks import check_finite, check_rows
+from paperlib.feature_map import FeatureMap
+from paperlib.projection import pseudo_inverse
+
+
+def fit_min_norm(
+    model: FeatureMap,
+    X: Tensor,
+    y: Tensor,
+    *,
+    ridge: float = 0.0,
+    theta_0: Tensor | None = None,
+) -> Tensor:
+    """Theta - theta_0 of minimum-norm (or ridge) regression, (C, p) in the model's dtype.
+
+    theta = theta_0 + Phi^+ (y - Phi theta_0), the limit of gradient descent from theta_0 on the
+    square loss. What is returned is theta - theta_0 = sum_i alpha_i phi(x_i): what an attacker
+    who knows theta and theta_0 has. The n x n Gram system is solved in float64.
+
+    Args:
+        model: the feature map phi.
+        X: (n, d) training inputs.
+        y: (n,) labels for one output or (n, C) for C outputs.
+        ridge: lambda >= 0 in (Phi Phi^T + n lambda I) alpha = y - Phi theta_0.
+        theta_0: (C, p) parameters at initialisation; zero if not given.
+
+    Raises:
+        ValueError: for wrong shapes, values that are not finite, fewer features than samples
+            (p < n: no interpolation, and nothing to read back), or labels that are all zero.
+    """
+    check_finite("X", check_rows("X", X, model))
+    n = len(X)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a torch tensor, got {type(y).__name__}")
+    if y.ndim not in (1, 2) or len(y) != n:
+        raise ValueError(f"y must have shape ({n},) or ({n}, C), got {tuple(y.shape)}")
+    if ridge < 0:
+        raise ValueError(f"ridge must be at least 0, got {ridge}")
+    if model.p < n:
+        raise ValueError(
+            f"p must be at least n: {model.p} parameters cannot interpolate {n} samples"
+        )
+    targets = check_finite("y", y.double().reshape(n, -1)).to(model.device)
+    gram = torch.zeros(n, n, dtype=torch.float64, device=model.device)
+    for block in model.blocks():
+        features = block.linearize(X)[0].double()
+        gram += features @ features.T
+        if theta_0 is not None:
+            targets = targets - features @ theta_0[:, block.start : block.stop].double().T
+    model.sum_over_processes([gram])
+    if not bool((targets != 0).any()):
+        raise ValueError("all labels are zero: theta would be zero and hold nothing")
+    gram = gram + n * ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    alpha = pseudo_inverse(gram, cutoff=1e-14) @ targets
+    theta = torch.empty(targets.shape[1], model.p, dtype=model.dtype, device=model.device)
+    for block in model.blocks():
+        features = block.linearize(X)[0].double()
+        theta[:, block.start : block.stop] = (alpha.T @ features).to(model.dtype)
+    return theta

@@ -1,0 +1,61 @@
+"""Progress of a reconstruction: a bar for long work, and a hook for whoever watches."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+# Work shorter than this shows no bar at all.
+DELAY_SECONDS = 2.0
+
+
+class Progress:
+    """A tqdm bar of steps that appears after two seconds, showing stage and loss."""
+
+    def __init__(
+        self,
+        show: bool | None = None,
+        callback: Callable[[str, float, Tensor], None] | None = None,
+    ):
+        """Start the clock.
+
+        Args:
+            show: whether to draw a bar; if None, unless PAPERLIB_PROGRESS=0 is set.
+            callback: called after every step with (stage, loss, candidates).
+        """
+        if show is None:
+            show = os.environ.get("PAPERLIB_PROGRESS", "1") != "0"
+        self._bar = tqdm(
+            desc="reconstruct", unit=" steps", disable=not show, delay=DELAY_SECONDS, leave=False
+        )
+        self._stage = ""
+        self._callback = callback
+        self.begun = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+        self._stage = name
+        self._bar.set_postfix_str(name, refresh=True)
+
+    def step(self, loss: float, X: Tensor) -> None:
+        """A step was taken."""
+        self._bar.set_postfix_str(f"{self._stage}, loss {loss:.1e}", refresh=False)
+        self._bar.update()
+        if self._callback is not None:
+            self._callback(self._stage, loss, X)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+    def __enter__(self) -> Progress:
+        """Use as a context."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close on the way out, also after an error."""
+        self.close()

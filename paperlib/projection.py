@@ -1,0 +1,225 @@
+"""The projection loss, and its Gauss-Newton model at a set of candidates.
+
+For parameters Theta (C, p) and candidates X^ (n, d) with features Phi = phi(X^) (n, p), the loss is
+
+    L(X^) = || Theta P_perp ||^2 / || Theta ||^2,
+
+P_perp projecting off the span of the rows of Phi (Section 4 of the paper). By variable projection
+(Golub and Pereyra 1973) alpha = (Phi Phi^T)^-1 Phi Theta^T (n, C) and E = Theta - alpha^T Phi give
+L = ||E||^2 / ||Theta||^2 and dL/dx_i = -2 J_i^T (E^T alpha_i) / ||Theta||^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paperlib.checks import check_finite, check_rows, check_theta
+from paperlib.feature_map import FeatureMap
+from paperlib.lift import Lift
+
+# Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
+# same point (or features in a common span) then share their coefficient instead of dividing by 0.
+GRAM_CUTOFF = 1e-10
+
+
+def projection_loss(model: FeatureMap, theta: Tensor, candidates: Tensor) -> Tensor:
+    """The loss L of the paper at the candidates, a differentiable scalar.
+
+    Args:
+        model: the feature map phi.
+        theta: trained minus initial parameters, (C, p), or (p,) for one output.
+        candidates: (n, d), in the model's dtype. Rows need not lie on the sphere.
+
+    Raises:
+        ValueError: for wrong shapes, values that are not finite, or theta of zeros.
+        TypeError: for dtypes that differ from the model's.
+    """
+    theta = check_theta(theta, model).to(model.dtype)
+    check_rows("candidates", candidates, model)
+    check_finite("candidates", candidates)
+    return _ProjectionLoss.apply(candidates, model, theta)
+
+
+class _ProjectionLoss(torch.autograd.Function):
+    """Autograd through the closed-form gradient: nothing of size n x p is kept by autograd."""
+
+    @staticmethod
+    def forward(ctx, X: Tensor, model: FeatureMap, theta: Tensor) -> Tensor:
+        point = Linearization(model, theta, X.detach())
+        ctx.save_for_backward(point.loss_gradient)
+        return X.new_tensor(point.loss)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
+
+
+def solve_gram(gram: Tensor, rhs: Tensor, *, cutoff: float = GRAM_CUTOFF) -> Tensor:
+    """gram^-1 rhs in float64, with directions below `cutoff` of the largest left out."""
+    return pseudo_inverse(gram, cutoff=cutoff) @ rhs.double()
+
+
+def pseudo_inverse(gram: Tensor, *, cutoff: float = GRAM_CUTOFF) -> Tensor:
+    """The inverse of a positive semi-definite matrix in float64, small directions left out."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    kept = values > cutoff * values[-1]
+    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
+    return (vectors * inverse) @ vectors.T
+
+
+class Linearization:
+    """The loss at X, its gradient, and the products of its Gauss-Newton operator.
+
+    The Gauss-Newton model of the residual over steps (dX, da, dw) of candidates, coefficients and
+    (if lifted) the linear part is E - T with
+
+        T = sum_i alpha_i (J_i dx_i)^T + da^T Phi + dw^T V^T    (C, p).
+
+    One product with its normal matrix takes one reading of V: T of a block is pushed back before
+    the next block is touched. Eliminating (da, dw) exactly would give Kaufman's operator
+    A dX = P_perp sum_i alpha_i (J_i dx_i)^T, which needs two readings, since P_perp has to wait
+    for T of all blocks; the preconditioner below inverts the (da, dw) block exactly instead.
+
+    Attributes:
+        X: (n, d) candidates.
+        alpha: (n, C) coefficients, float64.
+        loss: L, a float.
+        gradient: -(1/2) ||Theta||^2 dL/dX = J_i^T E^T alpha_i, (n, d).
+        slope_gram: tr(J_i^T J_j) / d, (n, n) float64.
+        gram_inverse: (Phi P_perp(V) Phi^T)^-1, (n, n) float64.
+        residual: E, (C, p).
+    """
+
+    def __init__(
+        self,
+        model: FeatureMap,
+        theta: Tensor,
+        X: Tensor,
+        *,
+        lift: Lift | None = None,
+        dtype: torch.dtype | None = None,
+        curvature_dtype: torch.dtype | None = None,
+        curvature: bool = False,
+    ):
+        """Evaluate the loss and its gradient at X in two passes over the features.
+
+        Args:
+            model: the feature map.
+            theta: (C, p), already without the span of V if `lift` is given.
+            X: (n, d).
+            lift: the projection off the columns of V, if the linear part is lifted.
+            dtype: dtype of the features, default the model's.
+            curvature_dtype: dtype of the features in `product`, default `dtype`.
+            curvature: keep what `product` needs.
+        """
+        self.model, self.theta, self.X, self.lift = model, theta, X, lift
+        self.dtype = model.dtype if dtype is None else dtype
+        self.curvature_dtype = self.dtype if curvature_dtype is None else curvature_dtype
+        self.passes = 0
+        self._forward(curvature)
+        self._backward(curvature)
+
+    def _forward(self, curvature: bool) -> None:
+        """Gram matrix, right side and (if asked) preconditioner: features of all blocks."""
+        model, lift = self.model, self.lift
+        n, C = len(self.X), len(self.theta)
+        new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=self.X.device)  # noqa: E731
+        gram, rhs, slope_gram = new(n, n), new(n, C), new(n, n)
+        cross = new(n, model.d) if lift else None
+        exact = torch.float64 if self.dtype != torch.bfloat16 else torch.float32
+        self._kept = []
+        for block in model.blocks(dtype=self.dtype):
+            features, state = block.linearize(self.X, lifted=lift is not None)
+            if lift:
+                cross += features @ block.weights
+            wide = features.to(exact)
+            gram += wide @ wide.T
+            rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
+            if curvature:
+                slope_gram += block.slope_gram(state)
+            self._kept.append((features, state))
+        self.passes += 2 if lift else 1
+        model.sum_over_processes([gram, rhs, slope_gram] + ([cross] if lift else []))
+        if lift:
+            self.cross_solved = lift.inverse @ cross.T  # (d, n)
+            gram = gram - cross @ self.cross_solved
+            gram = 0.5 * (gram + gram.T)
+        self.gram, self.rhs = gram, rhs
+        self.gram_inverse = pseudo_inverse(
+            gram, cutoff=GRAM_CUTOFF if exact is torch.float64 else 1e-6
+        )
+        self.alpha = self.gram_inverse @ rhs
+        self.slope_gram = slope_gram
+        self.linear = -(self.cross_solved @ self.alpha) if lift else None  # w, (d, C)
+
+    def _backward(self, curvature: bool) -> None:
+        """Residual, loss and gradient, and the blocks as `product` needs them."""
+        model = self.model
+        wide = self.theta.dtype
+        alpha = self.alpha.to(wide)
+        gradient = torch.zeros(self.X.shape, dtype=torch.float64, device=self.X.device)
+        square = torch.zeros((), dtype=torch.float64, device=self.X.device)
+        residual = torch.empty_like(self.theta)
+        for k, block in enumerate(model.blocks(dtype=self.dtype)):
+            part = slice(block.start, block.stop)
+            features, state = self._kept[k]
+            E = self.theta[:, part] - alpha.T @ features.to(wide)
+            if self.lift:
+                V = block.weights
+                E = E - (self.linear.T.to(V.dtype) @ V.T).to(wide)
+            residual[:, part] = E
+            square += E.double().square().sum()
+            gradient += block.vjp(state, alpha @ E)
+            if not curvature:
+                self._kept[k] = None
+            elif self.curvature_dtype != self.dtype:
+                self._kept[k] = (features.to(self.curvature_dtype), state.to(self.curvature_dtype))
+        self.passes += 1
+        model.sum_over_processes([gradient, square])
+        self.residual = residual
+        self.residual_square = float(square)
+        self.gradient = gradient.to(self.X.dtype)
+        self.total_square = self._total_square()
+        self.loss = self.residual_square / self.total_square
+
+    def _total_square(self) -> float:
+        total = self.theta.double().square().sum()
+        self.model.sum_over_processes([total])
+        return float(total)
+
+    @property
+    def loss_gradient(self) -> Tensor:
+        """dL/dX, (n, d)."""
+        return (-2 / self.total_square) * self.gradient
+
+    def product(self, dX: Tensor, da: Tensor, dw: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The undamped normal matrix times a step (dX, da, dw): one reading of V.
+
+        Args:
+            dX: (n, d) step of the candidates.
+            da: (n, C) step of the coefficients.
+            dw: (C, d) step of the linear part, None without a lift.
+        """
+        n, dtype = len(self.X), self.curvature_dtype
+        alpha = self.alpha.to(dtype)
+        low = dX.to(dtype)
+        stacked = low if dw is None else torch.cat([low, dw.to(dtype)])
+        HX = torch.zeros_like(stacked, dtype=dX.dtype)
+        Ha = torch.zeros_like(da)
+        da_low = da.to(dtype)
+        for k, block in enumerate(self.model.blocks(dtype=dtype)):
+            features, state = self._kept[k]
+            if dw is None:
+                T = alpha.T @ block.jvp(state, low) + da_low.T @ features
+                HX += block.vjp(state, alpha @ T)
+            else:
+                # The rows of dw ride along with those of dX, so that V is read once for both.
+                U = stacked @ block.weights.T
+                T = alpha.T @ (state * U[:n]) + da_low.T @ features + U[n:]
+                HX += torch.cat([state * (alpha @ T), T]) @ block.weights
+            Ha += (features @ T.T).to(da.dtype)
+        self.passes += 2
+        self.model.sum_over_processes([HX, Ha])
+        return HX[:n], Ha, (None if dw is None else HX[n:])

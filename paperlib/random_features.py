@@ -1,0 +1,178 @@
+"""Random features: phi(x) = act(V x) with V drawn once and never trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.activations import Activation, activation
+from paperlib.checks import check_count, check_device, check_dtype, check_rows
+from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.streams import stream
+
+# V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
+# so that it comes out the same whether it is resident, streamed or split over processes.
+ROWS_PER_DRAW = 1024
+
+
+class RandomFeatures(FeatureMap):
+    """phi(x) = act(V x) in R^p, V of shape (p, d) with i.i.d. N(0, 1/d) entries.
+
+    The model of the paper's theorems (its Section 3). With U = X V^T (n, p), the products are
+    phi = act(U), J dX = act'(U) * (dX V^T), J^T W = (act'(U) * W) V.
+    """
+
+    def __init__(
+        self,
+        d: int,
+        p: int,
+        activation: str | Activation = "relu",
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        block_rows: int = 8192,
+    ):
+        """Draw V.
+
+        Args:
+            d: dimension of an input.
+            p: number of features, which is the number of parameters of the model.
+            activation: a name of `activation_names()` or an `Activation`.
+            seed: seed of V. V depends on nothing else: not on the device, the dtype or the
+                block height.
+            device: where V lives; the CPU if not given.
+            dtype: float32 (if not given) or float64. V is drawn in float32 in either case.
+            block_rows: rows of V used at a time, a multiple of 1024.
+
+        Raises:
+            ValueError: for d, p or block_rows that are not positive, an unknown activation, a
+                device that is not there.
+            TypeError: for a dtype that is not a real floating type.
+        """
+        self.d = check_count("d", d)
+        self.p = check_count("p", p)
+        self.seed = int(seed)
+        self.device = check_device(device)
+        self.dtype = check_dtype(dtype)
+        self.activation = _activation(activation)
+        self.linear_coefficient = self.activation.linear_coefficient
+        self.odd = self.activation.odd
+        if block_rows < ROWS_PER_DRAW or block_rows % ROWS_PER_DRAW:
+            raise ValueError(
+                f"block_rows must be a positive multiple of {ROWS_PER_DRAW}, got {block_rows}"
+            )
+        self.block_rows = block_rows
+        self._resident: dict[torch.dtype, list[Tensor]] = {}
+
+    def draw(self, start: int, stop: int) -> Tensor:
+        """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary."""
+        if start % ROWS_PER_DRAW:
+            raise ValueError(f"rows are drawn from multiples of {ROWS_PER_DRAW}, got {start}")
+        draws = -(-(stop - start) // ROWS_PER_DRAW)
+        rows = torch.empty(draws, ROWS_PER_DRAW, self.d)
+
+        def fill(k: int) -> None:
+            generator = stream("V", self.seed, index=start // ROWS_PER_DRAW + k)
+            rows[k].normal_(std=self.d**-0.5, generator=generator)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, range(draws)))
+        return rows.flatten(0, 1)[: stop - start]
+
+    def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows of V) in order."""
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in self._resident:
+            starts = range(0, self.p, self.block_rows)
+            if self.dtype in self._resident:
+                self._resident[dtype] = [V.to(dtype) for V in self._resident[self.dtype]]
+            else:
+                self._resident[dtype] = [
+                    self.draw(start, min(start + self.block_rows, self.p)).to(self.device, dtype)
+                    for start in starts
+                ]
+        yield from zip(range(0, self.p, self.block_rows), self._resident[dtype], strict=True)
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Forget the copy of V in that dtype; it is made again when it is next needed."""
+        self._resident.pop(dtype, None)
+
+    @property
+    def V(self) -> Tensor:
+        """The whole matrix V, (p, d). Makes a copy: meant for small models and tests."""
+        return torch.cat([V for _, V in self.weight_blocks()])
+
+    def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
+        """Blocks of `block_rows` features each."""
+        for start, V in self.weight_blocks(dtype=dtype):
+            yield RandomFeatureBlock(start, V, self.activation, self.linear_coefficient)
+
+    def features(self, X: Tensor) -> Tensor:
+        """phi(X) = act(X V^T), (n, p), for X of shape (n, d)."""
+        check_rows("X", X, self)
+        return super().features(X)
+
+    def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
+        """act'(X V^T) * (dX V^T), (n, p)."""
+        check_rows("X", X, self)
+        check_rows("dX", dX, self, rows=len(X))
+        return super().jvp(X, dX)
+
+    def vjp(self, X: Tensor, W: Tensor) -> Tensor:
+        """(act'(X V^T) * W) V, (n, d), for W of shape (n, p)."""
+        check_rows("X", X, self)
+        check_rows("W", W, self, rows=len(X), columns=self.p)
+        return super().vjp(X, W)
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments that build this feature map."""
+        return {
+            "model": "RandomFeatures",
+            "d": self.d,
+            "p": self.p,
+            "activation": self.activation.name,
+            "seed": self.seed,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+class RandomFeatureBlock(FeatureBlock):
+    """The features act(v_k . x) of a range of rows v_k."""
+
+    def __init__(self, start: int, weights: Tensor, activation: Activation, linear: float):
+        """Hold rows start, .. of V, shape (h, d)."""
+        self.start = start
+        self.stop = start + len(weights)
+        self.weights = weights
+        self.activation = activation
+        self.linear = linear
+
+    def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
+        """Features (n, h) and the slopes act'(u), (n, h), as state."""
+        U = X.to(self.weights.dtype) @ self.weights.T
+        features, slope = self.activation.value(U), self.activation.slope(U)
+        if lifted:
+            features = features - self.linear * U
+            slope = slope - self.linear
+        return features, slope
+
+    def jvp(self, state: Tensor, dX: Tensor) -> Tensor:
+        """Slopes * (dX V^T), (n, h)."""
+        return state * (dX.to(self.weights.dtype) @ self.weights.T)
+
+    def vjp(self, state: Tensor, W: Tensor) -> Tensor:
+        """(slopes * W) V, (n, d)."""
+        return (state * W.to(state.dtype)) @ self.weights
+
+    def slope_gram(self, state: Tensor) -> Tensor:
+        """sum_k act'(u_ik) act'(u_jk) ||v_k||^2 / d, with ||v_k||^2 at its mean, 1."""
+        S = state if state.dtype == torch.float64 else state.float()
+        return S @ S.T / self.weights.shape[1]
+
+
+_activation = activation

@@ -1,0 +1,169 @@
+"""`reconstruct`: the training data, read back from trained parameters."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.checks import check_count, check_positive, check_theta
+from paperlib.feature_map import FeatureMap
+from paperlib.progress import Progress
+from paperlib.record import Reconstruction, conclude
+
+TOLERANCE = {torch.float32: 1e-10, torch.float64: 1e-20}
+
+
+def reconstruct(
+    model: FeatureMap,
+    theta: Tensor,
+    n: int,
+    *,
+    solver: str = "levenberg-marquardt",
+    seed: int = 0,
+    tolerance: float | None = None,
+    progress: bool | None = None,
+    callback: Any = None,
+    **options: Any,
+) -> Reconstruction:
+    """Find n inputs whose features span the parameters: minimise the projection loss.
+
+    Args:
+        model: the feature map phi, known to the attacker.
+        theta: trained minus initial parameters, (C, p), or (p,) for one output.
+        n: the number of training samples, or a guess of it.
+        solver: "levenberg-marquardt" (second order, see `second_order.py`) or "published" (the
+            paper's momentum gradient descent, see `published.py`).
+        seed: seed of the random candidates, and of nothing else.
+        tolerance: loss at which the parameters count as explained; 1e-10 for a float32 model,
+            1e-20 for float64, 1e-7 for the published solver.
+        progress: draw a progress bar on work longer than two seconds; if None, unless
+            PAPERLIB_PROGRESS=0 is set.
+        callback: called after every step with (stage, loss, candidates).
+        **options: for "levenberg-marquardt": `restarts`, `max_steps`, `oversampling`, `lift`,
+            `bulk`, `forcing` (see `second_order_options`); for "published": `learning_rate`,
+            `momentum`, `max_steps`, `relu_slope`, `restarts` (see `published_options`).
+
+    Returns:
+        A `Reconstruction`. Its status claims no more than the loss and the count of numbers show.
+
+    Raises:
+        ValueError: for an unknown solver, n < 1, p < n, theta of the wrong shape, with values
+            that are not finite, or zero.
+        TypeError: for an option that the solver does not know.
+    """
+    theta = check_theta(theta, model).to(model.dtype)
+    n = check_count("n", n)
+    if model.p < n:
+        raise ValueError(f"p must be at least n: {model.p} features cannot hold {n} samples")
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: expected one of {sorted(SOLVERS)}")
+    known = inspect.signature(SOLVERS[solver]).parameters
+    allowed = sorted(name for name in known if known[name].kind is inspect.Parameter.KEYWORD_ONLY)
+    internal = {"seed", "tolerance", "watch"}
+    for name in options:
+        if name not in allowed or name in internal:
+            expected = ", ".join(a for a in allowed if a not in internal)
+            raise TypeError(f"solver {solver!r} has no option {name!r}: expected {expected}")
+    if tolerance is None:
+        tolerance = 1e-7 if solver == "published" else TOLERANCE[model.dtype]
+    check_positive("tolerance", tolerance, below=1.0)
+    begun = time.perf_counter()
+    with Progress(progress, callback) as watch:
+        found = SOLVERS[solver](
+            model, theta, n, seed=int(seed), tolerance=tolerance, watch=watch, **options
+        )
+    C = len(theta)
+    identifiable = C * model.p > n * (model.d - 1 + C)
+    return Reconstruction(
+        samples=found["samples"],
+        loss=found["loss"],
+        status=conclude(found["loss"], tolerance, identifiable=identifiable),
+        explained=found["loss"] <= tolerance,
+        identifiable=identifiable,
+        history=found["history"],
+        stages=found["stages"],
+        passes=found["passes"],
+        seconds=time.perf_counter() - begun,
+        restart=found["restart"],
+        options={
+            "solver": solver,
+            "n": n,
+            "seed": int(seed),
+            "tolerance": tolerance,
+            **{k: v.default for k, v in known.items() if k in allowed and k not in internal},
+            **options,
+            "model": model.describe(),
+        },
+        elimination_losses=found["elimination_losses"],
+    )
+
+
+def second_order_options(
+    model: FeatureMap,
+    theta: Tensor,
+    n: int,
+    *,
+    seed: int,
+    tolerance: float,
+    watch: Progress,
+    restarts: int = 5,
+    max_steps: int = 200,
+    oversampling: float = 1.4,
+    lift: bool | None = None,
+    bulk: str = "auto",
+    forcing: float = 0.1,
+) -> dict[str, Any]:
+    """The default solver and its options.
+
+    Args:
+        model: the feature map.
+        theta: (C, p).
+        n: number of samples.
+        seed: seed of the candidates.
+        tolerance: loss at which restarts end.
+        watch: progress.
+        restarts: most starts from new random candidates; the best by loss is returned.
+        max_steps: most linear solves in one stage of one restart.
+        oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
+        lift: project the linear part off; if None, where the activation has one and p allows.
+        bulk: arithmetic of the bulk stage: "auto", "bfloat16", "float32" or "float64".
+        forcing: relative residual of the inner linear solves.
+    """
+    from paperlib.second_order import SecondOrderSolver
+
+    check_count("restarts", restarts)
+    check_count("max_steps", max_steps)
+    check_positive("forcing", forcing, below=1.0)
+    if not oversampling >= 1:
+        raise ValueError(f"oversampling must be at least 1, got {oversampling}")
+    run = SecondOrderSolver(
+        model,
+        theta,
+        n,
+        seed=seed,
+        restarts=restarts,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        oversampling=oversampling,
+        lift=lift,
+        bulk=bulk,
+        forcing=forcing,
+        progress=watch,
+    )
+    best = run.solve()
+    return {
+        "samples": best.X,
+        "loss": best.loss,
+        "history": run.history,
+        "stages": run.stages,
+        "passes": run.passes,
+        "restart": best.restart,
+        "elimination_losses": best.elimination_losses,
+    }
+
+
+SOLVERS = {"levenberg-marquardt": second_order_options}

@@ -1,0 +1,225 @@
+"""The default solver: Levenberg-Marquardt in stages, from random candidates to signed samples.
+
+1. bulk: more candidates than samples, linear part lifted, fast arithmetic;
+2. eliminate: backward elimination down to n, then refine, still lifted;
+3. signs: settled by one regression on both signs of each candidate;
+4. finish: the unlifted loss, evaluated in the model's own dtype.
+
+Restarts repeat stage 1 from new random candidates until the loss is explained; the best by loss
+goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.elimination import eliminate
+from paperlib.feature_map import FeatureMap
+from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
+from paperlib.lift import Lift
+from paperlib.precision import FLOOR, SETTLED, bulk_dtype
+from paperlib.progress import Progress
+from paperlib.projection import Linearization
+from paperlib.reseed import reseed_least_useful
+from paperlib.signs import settle_signs
+from paperlib.sphere import random_on_sphere
+from paperlib.streams import stream
+
+# The lift spends d + n^ of the p equations; it is used while most of them are left.
+LIFT_SHARE = 0.5
+
+# A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
+PROMISING = 1e-3
+
+
+# The least useful candidate is moved again and again while each move gains at least this factor.
+RESEED_GAIN = 0.8
+
+
+@dataclass
+class Attempt:
+    """The outcome of one restart."""
+
+    X: Tensor
+    loss: float
+    restart: int
+    elimination_losses: list[float] = field(default_factory=list)
+
+
+class SecondOrderSolver:
+    """The stages above on one problem, with their log."""
+
+    def __init__(
+        self,
+        model: FeatureMap,
+        theta: Tensor,
+        n: int,
+        *,
+        seed: int,
+        restarts: int,
+        max_steps: int,
+        tolerance: float,
+        oversampling: float,
+        lift: bool | None,
+        bulk: str,
+        forcing: float,
+        progress: Progress,
+    ):
+        """See `reconstruct` for the options."""
+        self.model, self.theta, self.n = model, theta, n
+        self.restarts, self.max_steps, self.tolerance = restarts, max_steps, tolerance
+        self.forcing, self.progress = forcing, progress
+        self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
+        self.bulk = bulk_dtype(model, self.candidates, bulk)
+        self.generator = stream("candidates", seed)
+        self.history: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.passes = 0
+        self.begun = time.perf_counter()
+        self.lift = self._make_lift(lift)
+
+    def _make_lift(self, wanted: bool | None) -> Lift | None:
+        model = self.model
+        room = model.d + self.candidates <= LIFT_SHARE * model.p
+        if wanted is None:
+            wanted = model.linear_coefficient != 0 and room
+        if not wanted:
+            return None
+        if model.linear_coefficient == 0:
+            raise ValueError(
+                "lift=True needs a model with weights V and an activation with a linear part"
+            )
+        self.progress.stage("lift the linear part")
+        begun = time.perf_counter()
+        lift = Lift(model, self.theta, dtype=self.bulk)
+        self._log("lift", self.bulk, "done", math.nan, 0, 0, time.perf_counter() - begun, 0)
+        return lift
+
+    def solve(self) -> Attempt:
+        """Run restarts until one explains the parameters; the best by loss otherwise.
+
+        The first restart and every one after a restart that gained nothing begin at random. Any
+        other begins at the best samples so far, with fresh random candidates beside them: most of
+        those samples are right, and each right one leaves d unknowns fewer to search.
+        """
+        best: Attempt | None = None
+        stuck = False
+        for restart in range(self.restarts):
+            kept = None if best is None or stuck else best.X
+            attempt = self._attempt(self._start(kept), restart)
+            stuck = best is not None and attempt.loss > 0.5 * best.loss
+            if best is None or attempt.loss < best.loss:
+                best = attempt
+            if best.loss <= self.tolerance:
+                break
+        return best
+
+    def _start(self, kept: Tensor | None) -> Tensor:
+        """Random candidates, (n^, d), after those that are kept."""
+        fresh = random_on_sphere(self.candidates, self.model.d, generator=self.generator)
+        fresh = fresh.to(self.model.device, self.model.dtype)
+        return fresh if kept is None else torch.cat([kept, fresh[: self.candidates - len(kept)]])
+
+    def _attempt(self, start: Tensor, restart: int) -> Attempt:
+        bulk = self._descend("bulk", start, restart, SETTLED[self.bulk], lifted=True, exact=False)
+        elimination = eliminate(bulk, self.n)
+        X = bulk.X[elimination.kept]
+        point, previous = self._finish(X, restart, brief=bulk.loss > PROMISING), math.inf
+        while self.tolerance < point.loss <= min(PROMISING, RESEED_GAIN * previous):
+            previous = point.loss
+            self.passes += 2
+            X = reseed_least_useful(point, generator=self.generator)
+            trial = self._finish(X, restart)
+            if trial.loss < point.loss:
+                point = trial
+        return Attempt(point.X, point.loss, restart, elimination.losses)
+
+    def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
+        floor = FLOOR[self.model.dtype]
+        if self.lift is not None:
+            # Signs of samples with a small |alpha| need directions that are exact.
+            if not brief:
+                exact = self.lift.dtype != torch.bfloat16
+                target = floor if exact else SETTLED[self.bulk]
+                X = self._descend("refine", X, restart, target, lifted=True, exact=exact).X
+            X = settle_signs(self.model, self.theta, X)
+            self.passes += 2
+        return self._descend(
+            "finish", X, restart, min(floor, self.tolerance), lifted=False, exact=True, brief=brief
+        )
+
+    def _descend(
+        self,
+        name: str,
+        X: Tensor,
+        restart: int,
+        target: float,
+        *,
+        lifted: bool,
+        exact: bool,
+        brief: bool = False,
+    ) -> Linearization:
+        """One Levenberg-Marquardt run, logged."""
+        lift = self.lift if lifted else None
+        theta = lift.theta if lift is not None else self.theta
+        dtype = self.model.dtype if exact else self.bulk
+
+        def evaluate(candidates: Tensor) -> Linearization:
+            return Linearization(
+                self.model,
+                theta,
+                candidates,
+                lift=lift,
+                dtype=dtype,
+                curvature_dtype=self.bulk,
+                curvature=True,
+            )
+
+        self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
+        begun = time.perf_counter()
+        run: Descent = levenberg_marquardt(
+            evaluate,
+            X,
+            target=target,
+            max_steps=min(self.max_steps, 10) if brief else self.max_steps,
+            forcing=self.forcing,
+            floor=max(self.tolerance, FLOOR[dtype]),
+            on_step=lambda record, point: self.progress.step(record["loss"], point.X),
+        )
+        seconds = time.perf_counter() - begun
+        for record in run.history:
+            self.history.append({"restart": restart, "stage": name, **record})
+        self._log(name, dtype, run.status, run.point.loss, len(X), run.passes, seconds, restart)
+        return run.point
+
+    def _log(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        status: str,
+        loss: float,
+        candidates: int,
+        passes: int,
+        seconds: float,
+        restart: int,
+    ) -> None:
+        self.passes += passes
+        self.stages.append(
+            {
+                "restart": restart,
+                "stage": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "ended": status,
+                "loss": loss,
+                "candidates": candidates,
+                "passes": passes,
+                "seconds": seconds,
+            }
+        )
