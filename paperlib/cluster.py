@@ -72,6 +72,8 @@ def local_client(
         # A cell that keeps the interpreter for minutes is not a dead worker; a dead process is
         # seen by its nanny.
         "distributed.scheduler.worker-ttl": None,
+        # The bar is the sweep's; those of its cells would write over it.
+        "distributed.nanny.pre-spawn-environ.PAPERLIB_PROGRESS": 0,
     }
     if threads is not None:
         for library in ("OMP", "MKL", "OPENBLAS"):

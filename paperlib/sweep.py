@@ -44,7 +44,7 @@ def sweep(
     retries: int = 0,
     retry_failed: bool = False,
     allowed_failures: int = 10,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> pandas.DataFrame:
     """Run `function(**cell)` once for every cell of `grid` and return one tidy table.
 
@@ -76,7 +76,8 @@ def sweep(
         retries: how often a cell that raises is run again before it is recorded as failed.
         retry_failed: run cells again that are recorded as failed.
         allowed_failures: how many workers may die under a cell before it is recorded as failed.
-        progress: show a progress bar with the time left.
+        progress: show a progress bar with the time left; if None, unless PAPERLIB_PROGRESS=0 is
+            set.
 
     Returns:
         A row for every cell in the order of the grid: parameters, results, `status` ("ok",
@@ -169,9 +170,11 @@ def _run_here(jobs: list[Job]) -> Iterator[dict]:
             time.sleep(POLL)
 
 
-def _bar(total: int, *, done: int, shown: bool) -> tqdm.tqdm:
+def _bar(total: int, *, done: int, shown: bool | None) -> tqdm.tqdm:
     from tqdm.auto import tqdm
 
+    if shown is None:
+        shown = os.environ.get("PAPERLIB_PROGRESS", "1") != "0"
     return tqdm(total=total, initial=done, unit="cell", smoothing=0.05, disable=not shown)
 
 
