@@ -17,10 +17,10 @@ from paperlib.feature_map import FeatureMap
 WORTHWHILE = 5e8
 
 # Loss at which rounding the features to the format begins to show.
-FLOOR = {torch.bfloat16: 1e-5, torch.float32: 1e-12, torch.float64: 1e-26}
+FLOOR = {torch.bfloat16: 3e-4, torch.float32: 1e-12, torch.float64: 1e-26}
 
 # Loss at which the bulk stage has done its work: no candidate moves far any more.
-SETTLED = {torch.bfloat16: 1e-5, torch.float32: 1e-9, torch.float64: 1e-9}
+SETTLED = {torch.bfloat16: 3e-5, torch.float32: 1e-9, torch.float64: 1e-9}
 
 
 def bulk_dtype(model: FeatureMap, candidates: int, bulk: str = "auto") -> torch.dtype:

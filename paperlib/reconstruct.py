@@ -12,6 +12,7 @@ from torch import Tensor
 from paperlib.checks import check_count, check_positive, check_theta
 from paperlib.feature_map import FeatureMap
 from paperlib.progress import Progress
+from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
 
 TOLERANCE = {torch.float32: 1e-10, torch.float64: 1e-20}
@@ -166,4 +167,4 @@ def second_order_options(
     }
 
 
-SOLVERS = {"levenberg-marquardt": second_order_options}
+SOLVERS = {"levenberg-marquardt": second_order_options, "published": published_options}

@@ -144,11 +144,10 @@ class SecondOrderSolver:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
         floor = FLOOR[self.model.dtype]
         if self.lift is not None:
-            # Signs of samples with a small |alpha| need directions that are exact.
-            if not brief:
-                exact = self.lift.dtype != torch.bfloat16
-                target = floor if exact else SETTLED[self.bulk]
-                X = self._descend("refine", X, restart, target, lifted=True, exact=exact).X
+            # Signs of samples with a small |alpha| need directions that are exact; a lift in
+            # bfloat16 cannot give them, and the reseeding below has to find such samples.
+            if not brief and self.lift.dtype != torch.bfloat16:
+                X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
             X = settle_signs(self.model, self.theta, X)
             self.passes += 2
         return self._descend(
