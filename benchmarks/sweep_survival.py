@@ -497,7 +497,13 @@ def finish(drivers: list[Driver], *, lost: bool = False) -> list[pandas.DataFram
 
 
 def survive(
-    kills: int, cells: int, seed: int, *, size: int = 3, shown: bool = True
+    kills: int,
+    cells: int,
+    seed: int,
+    *,
+    size: int = 3,
+    pairs: tuple[int, ...] = (1, 2),
+    shown: bool = True,
 ) -> pandas.DataFrame:
     """Rounds until that many things have happened, the kinds in turn; a row for each.
 
