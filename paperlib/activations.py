@@ -57,12 +57,11 @@ class Activation:
         """
         if order < 0:
             raise ValueError(f"order must be at least 0, got {order}")
-        return tuple(_hermite_coefficient(self.name, r) for r in range(order + 1))
+        return tuple(_hermite_coefficient(self, r) for r in range(order + 1))
 
 
 @lru_cache(maxsize=1024)
-def _hermite_coefficient(name: str, r: int) -> float:
-    act = activation(name)
+def _hermite_coefficient(act: Activation, r: int) -> float:
     normaliser = math.sqrt(2 * math.pi) * math.exp(0.5 * special.gammaln(r + 1))
 
     def integrand(z: float) -> float:
