@@ -11,17 +11,25 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import dask
 from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin
+from distributed.comm import CommClosedError
 
 from paperlib.job import POLL, Job
 from paperlib.store import Store
 
 if TYPE_CHECKING:
     from distributed import Scheduler, Worker
+
+
+LOST = "the scheduler is lost; finished cells are kept, call again to run the others"
+
+# What Dask raises when a future's, or any, connection to the scheduler breaks.
+CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
+BROKEN = (*CANCELLED, CommClosedError, TimeoutError)
 
 
 class OneGPUEach(WorkerPlugin):
@@ -109,6 +117,14 @@ def client_at(address: str) -> Iterator[Client]:
         yield client
 
 
+@contextmanager
+def _lost_if_broken() -> Iterator[None]:
+    try:
+        yield
+    except BROKEN as error:
+        raise ConnectionError(LOST) from error
+
+
 def prepare_scheduler(client: Client, failures: int, resources: Mapping[str, float] | None) -> None:
     """Let a task outlive at least that many workers (Dask: 3), and see who could run a cell.
 
@@ -120,7 +136,8 @@ def prepare_scheduler(client: Client, failures: int, resources: Mapping[str, flo
         dask_scheduler.allowed_failures = max(failures, dask_scheduler.allowed_failures)
         return [dict(worker.resources) for worker in dask_scheduler.workers.values()]
 
-    offers = client.run_on_scheduler(prepare)
+    with _lost_if_broken():
+        offers = client.run_on_scheduler(prepare)
     if not offers:
         warnings.warn("the scheduler has no workers yet: waiting for some", stacklevel=2)
     for name, amount in (resources or {}).items():
@@ -146,6 +163,8 @@ def run_jobs(
     waiting: list[tuple[float, Job]] = []  # cells to ask for again, and not before when
 
     def submit(some: list[Job]) -> None:
+        if not some:
+            return
         # A name of its own for each try: a name known to the scheduler is not run again.
         names = [f"{job.function.__name__}-{uuid.uuid4().hex}" for job in some]
         options = {"pure": False, "resources": dict(resources) if resources else None}
@@ -154,7 +173,8 @@ def run_jobs(
             future.add_done_callback(finished.put)
 
     try:
-        submit(jobs)
+        with _lost_if_broken():
+            submit(jobs)
         while running or waiting:
             try:
                 key = finished.get(timeout=POLL).key
@@ -170,26 +190,27 @@ def run_jobs(
             if waiting and client.status == "running":
                 due = [job for when, job in waiting if when <= time.monotonic()]
                 waiting = [(when, job) for when, job in waiting if when > time.monotonic()]
-                if due:
+                with _lost_if_broken():
                     submit(due)
             if client.status in ("closing", "closed"):
-                raise ConnectionError(
-                    "the scheduler is lost; finished cells are kept, call again to run the others"
-                )
+                raise ConnectionError(LOST)
     finally:
         if running and client.status == "running":
-            client.cancel([future for _, future in running.values()])
+            with suppress(*BROKEN):  # what made us stop is what the caller is to see
+                client.cancel([future for _, future in running.values()])
 
 
 def _outcome(job: Job, future: Future) -> dict | None:
     """The record of a job that ended, None if it is to be asked for again."""
     try:
         return future.result()
-    except (asyncio.CancelledError, concurrent.futures.CancelledError):  # the scheduler is gone
+    except CANCELLED:  # the scheduler is gone
         return None
     except KilledWorker as error:
         return _record_killed(job, error)
     except Exception as error:
+        if future.status != "error":  # the connection broke while the record was on its way
+            return None
         raise RuntimeError(f"a worker could not start {job.cell.parameters}: {error}") from error
 
 
