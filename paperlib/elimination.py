@@ -3,6 +3,9 @@
 Removing candidate j from the span raises ||E||^2 by |alpha_j|^2 / [(Phi Phi^T)^-1]_jj, summed over
 outputs. The candidate that is missed least goes first. Both alpha and the inverse are updated
 after each removal, so that no pass over the features is needed.
+
+Candidates that have merged are linearly dependent: one of them costs nothing, which the formula,
+made for independent features, does not see. Such candidates go first.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(diagonal > 0, costs, 0)
 
 
+def inverse_of_rank(gram: Tensor, rank: int) -> Tensor:
+    """The pseudo-inverse of a positive semi-definite matrix of that rank, in float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[len(gram) - rank :], vectors[:, len(gram) - rank :]
+    return (vectors / values) @ vectors.T
+
+
 def eliminate(point: Linearization, n: int) -> Elimination:
     """Remove candidates one at a time until n are left; the curve of losses goes on to 0.
 
@@ -57,16 +67,24 @@ def eliminate(point: Linearization, n: int) -> Elimination:
     while alive:
         if len(alive) == n:
             kept = alive.copy()
-        costs, diagonal = removal_costs(inverse, alpha), inverse.diagonal()
-        j = int(costs.argmin())
-        square += float(costs[j])
-        rest = [k for k in range(len(alive)) if k != j]
-        if float(diagonal[j]) > 0:
-            column = inverse[:, j] / diagonal[j]
-            alpha = alpha - column[:, None] * alpha[j]
-            inverse = inverse - column[:, None] * inverse[j]
-        alpha, inverse = alpha[rest], inverse[rest][:, rest]
-        del alive[j]
+        # Diagonal of the projector on the directions that the pseudo-inverse left out.
+        absent = 1 - (inverse * point.gram[alive][:, alive]).sum(1)
+        dependent = round(float(absent.sum()))
+        if dependent:
+            j = int(absent.argmax())
+            del alive[j]
+            rank = len(alive) + 1 - dependent
+            inverse = inverse_of_rank(point.gram[alive][:, alive], rank)
+            alpha = inverse @ point.rhs[alive]
+        else:
+            costs = removal_costs(inverse, alpha)
+            j = int(costs.argmin())
+            square += float(costs[j])
+            rest = [k for k in range(len(alive)) if k != j]
+            column = inverse[:, j] / inverse[j, j]
+            alpha = (alpha - column[:, None] * alpha[j])[rest]
+            inverse = (inverse - column[:, None] * inverse[j])[rest][:, rest]
+            del alive[j]
         losses[len(alive)] = square / total
     return Elimination(
         torch.tensor(sorted(kept), device=point.X.device),
