@@ -374,7 +374,7 @@ def one_round(
         environment = disk.environment() | {
             LOG: str(log),
             "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path[1:]]),
-            "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "5s",
+            "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "20s",
         }
         processes = Processes(environment, scratch, cells, size, pairs)
         witness, events = Witness(store), []
