@@ -37,12 +37,22 @@ def check_positive(name: str, value: object, *, below: float = math.inf) -> floa
     return float(value)
 
 
+def check_range(name: str, value: object, *, least: float, below: float = math.inf) -> float:
+    """A finite number of at least `least` and below `below`."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (least <= value < below):
+        upper = " and finite" if below == math.inf else f" and below {below}"
+        raise ValueError(f"{name} must be at least {least}{upper}, got {value}")
+    return float(value)
+
+
 def check_device(device: str | torch.device | None) -> torch.device:
     """A device that is there; the CPU for None."""
     try:
         device = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         raise ValueError(f"device {device!s} is not there: expected one of {there}") from error
     return device

@@ -32,16 +32,31 @@ class Elimination:
 
 
 def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
-    """How much ||E||^2 rises if one candidate is removed, for each, (n,).
+    """How much ||E||^2 rises if one of the independent candidates is removed, for each, (n,).
 
     Args:
         inverse: (Phi Phi^T)^-1, (n, n).
         alpha: (n, C) coefficients.
     """
-    diagonal = inverse.diagonal()
-    costs = alpha.square().sum(1) / diagonal.clamp_min(torch.finfo(torch.float64).tiny)
-    # A direction that the pseudo-inverse left out has no weight: it is free to remove.
-    return torch.where(diagonal > 0, costs, 0)
+    return alpha.square().sum(1) / inverse.diagonal()
+
+
+def least_useful(gram: Tensor, inverse: Tensor, alpha: Tensor) -> tuple[int, float, int]:
+    """The candidate that is missed least, how much ||E||^2 rises without it, and the rank.
+
+    Args:
+        gram: Phi Phi^T, (n, n).
+        inverse: its pseudo-inverse.
+        alpha: (n, C) coefficients.
+    """
+    # Diagonal of the projector on the directions that the pseudo-inverse left out.
+    absent = 1 - (inverse * gram).sum(1)
+    dependent = round(float(absent.sum()))
+    if dependent:
+        return int(absent.argmax()), 0.0, len(gram) - dependent
+    costs = removal_costs(inverse, alpha)
+    j = int(costs.argmin())
+    return j, float(costs[j]), len(gram)
 
 
 def inverse_of_rank(gram: Tensor, rank: int) -> Tensor:
@@ -67,19 +82,13 @@ def eliminate(point: Linearization, n: int) -> Elimination:
     while alive:
         if len(alive) == n:
             kept = alive.copy()
-        # Diagonal of the projector on the directions that the pseudo-inverse left out.
-        absent = 1 - (inverse * point.gram[alive][:, alive]).sum(1)
-        dependent = round(float(absent.sum()))
-        if dependent:
-            j = int(absent.argmax())
+        j, cost, rank = least_useful(point.gram[alive][:, alive], inverse, alpha)
+        square += cost
+        if rank < len(alive):
             del alive[j]
-            rank = len(alive) + 1 - dependent
             inverse = inverse_of_rank(point.gram[alive][:, alive], rank)
             alpha = inverse @ point.rhs[alive]
         else:
-            costs = removal_costs(inverse, alpha)
-            j = int(costs.argmin())
-            square += float(costs[j])
             rest = [k for k in range(len(alive)) if k != j]
             column = inverse[:, j] / inverse[j, j]
             alpha = (alpha - column[:, None] * alpha[j])[rest]

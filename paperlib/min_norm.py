@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib.checks import check_finite, check_rows
+from paperlib.checks import check_finite, check_on_sphere, check_range, check_rows
 from paperlib.feature_map import FeatureMap
 from paperlib.projection import pseudo_inverse
 
@@ -26,28 +26,32 @@ def fit_min_norm(
 
     Args:
         model: the feature map phi.
-        X: (n, d) training inputs.
+        X: (n, d) training inputs, rows of norm sqrt(d).
         y: (n,) labels for one output or (n, C) for C outputs.
         ridge: lambda >= 0 in (Phi Phi^T + n lambda I) alpha = y - Phi theta_0.
         theta_0: (C, p) parameters at initialisation; zero if not given.
 
     Raises:
-        ValueError: for wrong shapes, values that are not finite, fewer features than samples
-            (p < n: no interpolation, and nothing to read back), or labels that are all zero.
+        ValueError: for wrong shapes, values that are not finite, rows of X off the sphere, fewer
+            features than samples (p < n: no interpolation, and nothing to read back), or labels
+            that are all zero.
+        TypeError: for values that are not tensors, or dtypes that differ from the model's.
     """
-    check_finite("X", check_rows("X", X, model))
+    check_on_sphere("X", check_finite("X", check_rows("X", X, model)))
     n = len(X)
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a torch tensor, got {type(y).__name__}")
     if y.ndim not in (1, 2) or len(y) != n:
         raise ValueError(f"y must have shape ({n},) or ({n}, C), got {tuple(y.shape)}")
-    if ridge < 0:
-        raise ValueError(f"ridge must be at least 0, got {ridge}")
+    check_range("ridge", ridge, least=0)
     if model.p < n:
         raise ValueError(
             f"p must be at least n: {model.p} parameters cannot interpolate {n} samples"
         )
     targets = check_finite("y", y.double().reshape(n, -1)).to(model.device)
+    if theta_0 is not None:
+        check_rows("theta_0", theta_0, model, rows=targets.shape[1], columns=model.p)
+        check_finite("theta_0", theta_0)
     gram = torch.zeros(n, n, dtype=torch.float64, device=model.device)
     for block in model.blocks():
         features = block.linearize(X)[0].double()

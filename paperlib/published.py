@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import Activation
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_positive, check_range
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.progress import Progress
 from paperlib.projection import projection_loss
@@ -100,10 +100,8 @@ def published_options(
         TypeError: for an option of another type.
     """
     check_positive("learning_rate", learning_rate)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    if not (0 <= relu_slope < math.inf):
-        raise ValueError(f"relu_slope must be a finite number of at least 0, got {relu_slope}")
+    check_range("momentum", momentum, least=0, below=1)
+    check_range("relu_slope", relu_slope, least=0)
     check_count("max_steps", max_steps)
     check_count("restarts", restarts)
     generator = stream("published candidates", seed)

@@ -56,7 +56,7 @@ class RandomFeatures(FeatureMap):
         """
         self.d = check_count("d", d)
         self.p = check_count("p", p)
-        self.seed = int(seed)
+        self.seed = check_count("seed", seed, least=0)
         self.device = check_device(device)
         self.dtype = check_dtype(dtype)
         self.activation = _activation(activation)

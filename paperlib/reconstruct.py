@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.checks import check_count, check_positive, check_theta
+from paperlib.checks import check_count, check_positive, check_range, check_theta
 from paperlib.feature_map import FeatureMap
 from paperlib.progress import Progress
 from paperlib.published import published_options
@@ -58,6 +58,7 @@ def reconstruct(
     """
     theta = check_theta(theta, model).to(model.dtype)
     n = check_count("n", n)
+    seed = check_count("seed", seed, least=0)
     if model.p < n:
         raise ValueError(f"p must be at least n: {model.p} features cannot hold {n} samples")
     if solver not in SOLVERS:
@@ -75,7 +76,7 @@ def reconstruct(
     begun = time.perf_counter()
     with Progress(progress, callback) as watch:
         found = SOLVERS[solver](
-            model, theta, n, seed=int(seed), tolerance=tolerance, watch=watch, **options
+            model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **options
         )
     C = len(theta)
     identifiable = C * model.p > n * (model.d - 1 + C)
@@ -93,7 +94,7 @@ def reconstruct(
         options={
             "solver": solver,
             "n": n,
-            "seed": int(seed),
+            "seed": seed,
             "tolerance": tolerance,
             **{k: v.default for k, v in known.items() if k in allowed and k not in internal},
             **options,
@@ -139,8 +140,9 @@ def second_order_options(
     check_count("restarts", restarts)
     check_count("max_steps", max_steps)
     check_positive("forcing", forcing, below=1.0)
-    if not oversampling >= 1:
-        raise ValueError(f"oversampling must be at least 1, got {oversampling}")
+    check_range("oversampling", oversampling, least=1)
+    if lift not in (None, True, False):
+        raise TypeError(f"lift must be True, False or None, got {lift!r}")
     run = SecondOrderSolver(
         model,
         theta,

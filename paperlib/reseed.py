@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib.elimination import removal_costs
+from paperlib.elimination import least_useful
 from paperlib.feature_map import FeatureMap
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere, to_sphere
@@ -30,7 +30,7 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
         generator: source of the random subspace.
     """
     model, X = point.model, point.X
-    worst = int(removal_costs(point.gram_inverse, point.alpha).argmin())
+    worst = least_useful(point.gram, point.gram_inverse, point.alpha)[0]
     # What this candidate explained so far is given back to the residual.
     others = [i for i in range(len(X)) if i != worst]
     if not others or not hasattr(model, "weight_blocks"):
