@@ -1,0 +1,108 @@
+"""Features act(V x) with weights V that are given: the hidden layer of a trained network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.activations import Activation, activation
+from paperlib.checks import check_count, check_dtype, check_finite, check_rows
+from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.random_features import RandomFeatureBlock
+
+_activation = activation
+
+
+class GivenFeatures(FeatureMap):
+    """phi(x) = act(V x) in R^p for a given V (p, d).
+
+    The products are those of `RandomFeatures`, so that the linear part can be lifted and the bulk
+    of the work can run in bfloat16.
+    """
+
+    def __init__(self, V: Tensor, activation: str | Activation = "relu", *, block_rows: int = 8192):
+        """Keep a copy of V.
+
+        Args:
+            V: (p, d) weights, float32 or float64.
+            activation: a name of `activation_names()` or an `Activation`.
+            block_rows: rows of V used at a time.
+
+        Raises:
+            TypeError: if V is not a tensor of float32 or float64.
+            ValueError: for another shape, values that are not finite, an unknown activation.
+        """
+        if not isinstance(V, Tensor):
+            raise TypeError(f"V must be a torch tensor, got {type(V).__name__}")
+        if V.ndim != 2 or 0 in V.shape:
+            raise ValueError(f"V must have shape (p, d), got {tuple(V.shape)}")
+        self.p, self.d = V.shape
+        self.dtype = check_dtype(V.dtype)
+        self.device = V.device
+        self.activation = _activation(activation)
+        self.linear_coefficient = self.activation.linear_coefficient
+        self.odd = self.activation.odd
+        self.block_rows = check_count("block_rows", block_rows)
+        self.V = check_finite("V", V.detach().clone())
+        self._copies: dict[torch.dtype, Tensor] = {self.dtype: self.V}
+
+    def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows of V) in order."""
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in self._copies:
+            self._copies[dtype] = self.V.to(dtype)
+        starts = range(0, self.p, self.block_rows)
+        yield from zip(starts, self._copies[dtype].split(self.block_rows), strict=True)
+
+    def release(self, dtype: torch.dtype) -> None:
+        """Forget the copy of V in that dtype; its own dtype stays."""
+        if dtype != self.dtype:
+            self._copies.pop(dtype, None)
+
+    def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
+        """Blocks of `block_rows` features each."""
+        for start, V in self.weight_blocks(dtype=dtype):
+            yield GivenFeatureBlock(start, V, self.activation, self.linear_coefficient)
+
+    def features(self, X: Tensor) -> Tensor:
+        """phi(X) = act(X V^T), (n, p), for X of shape (n, d)."""
+        check_rows("X", X, self)
+        return super().features(X)
+
+    def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
+        """act'(X V^T) * (dX V^T), (n, p)."""
+        check_rows("X", X, self)
+        check_rows("dX", dX, self, rows=len(X))
+        return super().jvp(X, dX)
+
+    def vjp(self, X: Tensor, W: Tensor) -> Tensor:
+        """(act'(X V^T) * W) V, (n, d), for W of shape (n, p)."""
+        check_rows("X", X, self)
+        check_rows("W", W, self, rows=len(X), columns=self.p)
+        return super().vjp(X, W)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, and a checksum that tells whether V is the same."""
+        digest = hashlib.sha256(self.V.cpu().contiguous().numpy().tobytes())
+        return {
+            "model": "GivenFeatures",
+            "d": self.d,
+            "p": self.p,
+            "activation": self.activation.name,
+            "sha256": digest.hexdigest()[:16],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+class GivenFeatureBlock(RandomFeatureBlock):
+    """The features act(v_k . x) of given rows v_k, which may differ in length."""
+
+    def slope_gram(self, state: Tensor) -> Tensor:
+        """sum_k act'(u_ik) act'(u_jk) ||v_k||^2 / d, (n, n)."""
+        wide = state if state.dtype == torch.float64 else state.float()
+        squares = self.weights.to(wide.dtype).square().sum(1)
+        return (wide * squares) @ wide.T / self.weights.shape[1]
