@@ -1,0 +1,117 @@
+"""What the networks have in common: layers below, one linear layer on top, and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from paperlib.checks import check_count, check_device, check_dtype
+from paperlib.feature_map import FeatureMap
+from paperlib.module_features import ModuleFeatures, differentiable_attention
+from paperlib.streams import stream
+
+
+class Network(nn.Module):
+    """f(x) = W phi(x): `body` gives the p last-layer features, `head` is W (C, p), no bias.
+
+    The attack of the paper (its Section 5) knows the layers below the last as trained, and by how
+    much training moved the last layer, theta = W(T) - W(0).
+
+    Attributes:
+        d: dimension of an input; rows of X are flattened inputs.
+        p: number of features that the last layer reads.
+        outputs: C.
+        body: module (n, d) -> (n, p).
+        head: linear layer of weights (C, p).
+        theta_0: (C, p), the last layer at initialisation.
+        seed: seed of all weights.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        d: int,
+        p: int,
+        outputs: int,
+        *,
+        seed: int,
+        dtype: torch.dtype | None,
+        device: str | torch.device | None,
+    ):
+        """Draw all weights: N(0, 1 / fan-in) each, and N(0, 1 / p) in the last layer."""
+        super().__init__()
+        self.d, self.p = d, p
+        self.outputs = check_count("outputs", outputs)
+        self.seed = int(seed)
+        self.body = body
+        self.head = nn.utils.skip_init(nn.Linear, p, self.outputs, bias=False)
+        draw_weights(self, seed=self.seed)
+        self.register_buffer("theta_0", self.head.weight.detach().clone())
+        self.to(check_device(device), check_dtype(dtype))
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Outputs (n, C) for rows X (n, d)."""
+        with differentiable_attention():
+            return self.head(self.body(X))
+
+    def feature_map(self, **options) -> FeatureMap:
+        """The last-layer features as they are now; later training does not change them.
+
+        Args:
+            **options: for `ModuleFeatures`.
+        """
+        return ModuleFeatures(self.body, self.d, **options)
+
+    @property
+    def theta(self) -> Tensor:
+        """The last layer now minus at initialisation, (C, p)."""
+        return self.head.weight.detach() - self.theta_0
+
+    @property
+    def last_layer_parameters(self) -> int:
+        """C p, which the paper compares with d n."""
+        return self.outputs * self.p
+
+
+class ImageRows(nn.Module):
+    """Rows (n, d) of flattened pictures (H, W) or (H, W, c) as (n, c, H, W)."""
+
+    def __init__(self, image_shape: Sequence[int]):
+        """Keep the shape."""
+        super().__init__()
+        self.image_shape = check_image_shape(image_shape)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Channels first, as convolutions want them."""
+        height, width, channels = self.image_shape
+        return X.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """(H, W, channels) of (H, W) or (H, W, channels)."""
+    if image_shape is None or len(image_shape) not in (2, 3):
+        raise ValueError(f"image_shape must be (H, W) or (H, W, channels), got {image_shape}")
+    height, width, channels = (*image_shape, 1)[:3]
+    return (
+        check_count("height", height),
+        check_count("width", width),
+        check_count("channels", channels),
+    )
+
+
+@torch.no_grad()
+def draw_weights(module: nn.Module, *, seed: int) -> None:
+    """Weights N(0, 1 / fan-in), biases 0, scales of normalisation 1; a stream for each tensor.
+
+    Embeddings of positions are N(0, 0.02^2), as in torchvision. Drawn in float32 on the CPU, so
+    that a network is the same in every dtype and on every device.
+    """
+    for k, (name, weight) in enumerate(module.named_parameters()):
+        if weight.ndim < 2:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        fan_in = weight[0].numel()
+        std = 0.02 if name.endswith(("pos_embedding", "class_token")) else fan_in**-0.5
+        weight.normal_(std=std, generator=stream("network", seed, index=k))
