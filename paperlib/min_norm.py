@@ -49,7 +49,9 @@ def fit_min_norm(
             f"p must be at least n: {model.p} parameters cannot interpolate {n} samples"
         )
     targets = check_finite("y", y.double().reshape(n, -1)).to(model.device)
-    if theta_0 is not None:
+    if theta_0 is None:
+        _check_something_to_learn(targets)
+    else:
         check_rows("theta_0", theta_0, model, rows=targets.shape[1], columns=model.p)
         check_finite("theta_0", theta_0)
     gram = torch.zeros(n, n, dtype=torch.float64, device=model.device)
@@ -59,8 +61,7 @@ def fit_min_norm(
         if theta_0 is not None:
             targets = targets - features @ theta_0[:, block.start : block.stop].double().T
     model.sum_over_processes([gram])
-    if not bool((targets != 0).any()):
-        raise ValueError("all labels are zero: theta would be zero and hold nothing")
+    _check_something_to_learn(targets)
     gram = gram + n * ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
     alpha = pseudo_inverse(gram, cutoff=1e-14) @ targets
     theta = torch.empty(targets.shape[1], model.p, dtype=model.dtype, device=model.device)
@@ -68,3 +69,8 @@ def fit_min_norm(
         features = block.linearize(X)[0].double()
         theta[:, block.start : block.stop] = (alpha.T @ features).to(model.dtype)
     return theta
+
+
+def _check_something_to_learn(targets: Tensor) -> None:
+    if not bool((targets != 0).any()):
+        raise ValueError("all labels are zero: theta would be zero and hold nothing")

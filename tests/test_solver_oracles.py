@@ -11,7 +11,7 @@ import torch
 from paperlib import RandomFeatures, fit_min_norm, projection_loss
 from paperlib.elimination import eliminate
 from paperlib.levenberg_marquardt import damped_step, levenberg_marquardt
-from paperlib.lift import Lift, add_upper_gram
+from paperlib.lift import Lift
 from paperlib.preconditioner import Preconditioner
 from paperlib.projection import Linearization, pseudo_inverse
 from paperlib.reseed import spectral_direction
@@ -170,12 +170,6 @@ def test_lift_takes_the_columns_of_v_out_of_theta():
         assert float(error) < torch.finfo(dtype).eps
         left = (low.theta.double() @ torch.linalg.qr(V).Q).norm() / expected.norm()
         assert float(left) < torch.finfo(dtype).eps
-
-
-def test_gram_by_panels():
-    V, gram = randn(30, 7), torch.zeros(7, 7, dtype=torch.float64)
-    add_upper_gram(gram, V, panel=3)
-    torch.testing.assert_close(gram.triu(), (V.T @ V).triu())
 
 
 def test_pseudo_inverse_leaves_small_directions_out():
