@@ -36,9 +36,9 @@ class Lift:
         """
         gram = torch.zeros(model.d, model.d, dtype=torch.float64, device=theta.device)
         for block in model.blocks(dtype=dtype):
-            add_upper_gram(gram, block.weights)
+            gram += block.weights.T @ block.weights
         model.sum_over_processes([gram])
-        gram = gram.triu() + gram.triu(1).T
+        gram = 0.5 * (gram + gram.T)
         self.gram, self.dtype = gram, dtype
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
         self.inverse32 = self.inverse.float()
@@ -59,10 +59,3 @@ class Lift:
             product += (self.theta[:, block.start : block.stop].to(V.dtype) @ V).T
         model.sum_over_processes([product])
         return product
-
-
-def add_upper_gram(gram: Tensor, V: Tensor, *, panel: int = 1024) -> None:
-    """Add the upper triangle of V^T V to `gram`, by panels of columns: half of the work."""
-    for low in range(0, V.shape[1], panel):
-        high = min(low + panel, V.shape[1])
-        gram[low:high, low:] += V[:, low:high].T @ V[:, low:]

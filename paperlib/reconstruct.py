@@ -117,7 +117,7 @@ def second_order_options(
     oversampling: float = 1.4,
     lift: bool | None = None,
     bulk: str = "auto",
-    forcing: float = 0.1,
+    forcing: float = 0.2,
 ) -> dict[str, Any]:
     """The default solver and its options.
 
