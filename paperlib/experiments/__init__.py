@@ -1,0 +1,1 @@
+"""Experiments that sweeps run: functions of plain parameters that return plain results."""
