@@ -98,10 +98,14 @@ class ModuleFeatures(FeatureMap):
         fits = max(1, int(budget / max(1, GRAPH_FACTOR * self._bytes_per_sample())))
         self.kept_samples = fits
         self.chunk = min(fits, LARGEST_CHUNK) if chunk is None else check_count("chunk", chunk)
-        self.directions = torch.randint(
-            0, 2, (self.probes, self.d), generator=stream("hutchinson", self.seed)
-        )
-        self.directions = (2.0 * self.directions - 1).to(self.device, self.dtype)
+        self._signs = torch.randint(
+            0, 2, (self.probes, self.p), generator=stream("hutchinson", self.seed), dtype=torch.int8
+        ).to(self.device)
+
+    def directions(self) -> Iterator[Tensor]:
+        """The probes of the preconditioner, random signs (p,), always the same ones."""
+        for signs in self._signs:
+            yield (2 * signs - 1).to(self.dtype)
 
     def forward(self, X: Tensor) -> Tensor:
         """The module on rows of X, (n, d) -> (n, p)."""
@@ -295,19 +299,18 @@ class ModuleBlock(FeatureBlock):
     def slope_gram(self, state: ModuleState) -> Tensor:
         """Hutchinson's estimate of tr(J_i^T J_j) / d, (n, n), symmetric positive semi-definite.
 
-        The mean of (J_i z) . (J_j z) over random signs z (Hutchinson 1989). Each z is shared by
-        all samples, without which the entries with i != j would be zero on average.
+        The trace is that of J_j J_i^T, so the probes can be random signs w in R^p (Hutchinson
+        1989): the mean of (J_i^T w) . (J_j^T w). Pull-backs cost half of what push-forwards do.
+        Each w is shared by all samples, without which the entries with i != j would be zero on
+        average.
         """
-        n = len(state.value)
-        pushed = [
-            torch.stack([t.jvp(z.expand(len(part), -1)) for z in self.model.directions])
+        d = self.model.d
+        pulled = [
+            torch.stack([t.vjp(w.expand(len(part), -1)) for w in self.model.directions()])
             for t, part in zip(state, state.parts, strict=True)
-        ]  # chunks of (probes, rows, p)
-        gram = torch.zeros(n, n, dtype=torch.float64, device=state.value.device)
-        for k in range(self.model.probes):
-            JZ = torch.cat([chunk[k] for chunk in pushed])
-            gram += (JZ @ JZ.T).double()
-        gram /= self.model.probes * self.model.d
+        ]  # chunks of (probes, rows, d)
+        G = torch.cat(pulled, dim=1).double()
+        gram = torch.einsum("kid,kjd->ij", G, G) / (self.model.probes * d)
         return 0.5 * (gram + gram.T)
 
 
