@@ -9,7 +9,7 @@ can be streamed or live on several processes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,11 +84,19 @@ class FeatureMap(ABC):
 
     def features(self, X: Tensor) -> Tensor:
         """phi(X), (n, p), for X of shape (n, d)."""
-        return torch.cat([block.linearize(X)[0] for block in self.blocks()], dim=1)
+        return self._gather(X, ((b, b.linearize(X)[0]) for b in self.blocks()))
 
     def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
         """Jacobian-vector products, (n, p): row i is J_i dx_i."""
-        return torch.cat([block.jvp(block.linearize(X)[1], dX) for block in self.blocks()], dim=1)
+        return self._gather(X, ((b, b.jvp(b.linearize(X)[1], dX)) for b in self.blocks()))
+
+    def _gather(self, X: Tensor, parts: Iterable[tuple[FeatureBlock, Tensor]]) -> Tensor:
+        """The blocks of all processes side by side, (n, p)."""
+        whole = torch.zeros(len(X), self.p, dtype=self.dtype, device=self.device)
+        for block, part in parts:
+            whole[:, block.start : block.stop] = part
+        self.sum_over_processes([whole])
+        return whole
 
     def vjp(self, X: Tensor, W: Tensor) -> Tensor:
         """Vector-Jacobian products, (n, d): row i is J_i^T w_i, for W of shape (n, p)."""

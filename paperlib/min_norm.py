@@ -55,19 +55,22 @@ def fit_min_norm(
         check_rows("theta_0", theta_0, model, rows=targets.shape[1], columns=model.p)
         check_finite("theta_0", theta_0)
     gram = torch.zeros(n, n, dtype=torch.float64, device=model.device)
+    initial = torch.zeros_like(targets)
     for block in model.blocks():
         features = block.linearize(X)[0].double()
         gram += features @ features.T
         if theta_0 is not None:
-            targets = targets - features @ theta_0[:, block.start : block.stop].double().T
-    model.sum_over_processes([gram])
+            initial += features @ theta_0[:, block.start : block.stop].double().T
+    model.sum_over_processes([gram, initial])
+    targets = targets - initial
     _check_something_to_learn(targets)
     gram = gram + n * ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
     alpha = pseudo_inverse(gram, cutoff=1e-14) @ targets
-    theta = torch.empty(targets.shape[1], model.p, dtype=model.dtype, device=model.device)
+    theta = torch.zeros(targets.shape[1], model.p, dtype=model.dtype, device=model.device)
     for block in model.blocks():
         features = block.linearize(X)[0].double()
         theta[:, block.start : block.stop] = (alpha.T @ features).to(model.dtype)
+    model.sum_over_processes([theta])
     return theta
 
 

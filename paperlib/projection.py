@@ -160,8 +160,9 @@ class Linearization:
         wide = self.theta.dtype
         alpha = self.alpha.to(wide)
         gradient = torch.zeros(self.X.shape, dtype=torch.float64, device=self.X.device)
-        square = torch.zeros((), dtype=torch.float64, device=self.X.device)
-        residual = torch.empty_like(self.theta)
+        square = torch.zeros(2, dtype=torch.float64, device=self.X.device)
+        # Zero where another process holds the features.
+        residual = torch.zeros_like(self.theta)
         for k, block in enumerate(model.blocks(dtype=self.dtype)):
             part = slice(block.start, block.stop)
             features, state = self._kept[k]
@@ -170,7 +171,8 @@ class Linearization:
                 V = block.weights
                 E = E - (self.linear.T.to(V.dtype) @ V.T).to(wide)
             residual[:, part] = E
-            square += E.double().square().sum()
+            square[0] += E.double().square().sum()
+            square[1] += self.theta[:, part].double().square().sum()
             gradient += block.vjp(state, alpha @ E)
             if not curvature:
                 self._kept[k] = None
@@ -179,15 +181,9 @@ class Linearization:
         self.passes += 1
         model.sum_over_processes([gradient, square])
         self.residual = residual
-        self.residual_square = float(square)
+        self.residual_square, self.total_square = square.tolist()
         self.gradient = gradient.to(self.X.dtype)
-        self.total_square = self._total_square()
         self.loss = self.residual_square / self.total_square
-
-    def _total_square(self) -> float:
-        total = self.theta.double().square().sum()
-        self.model.sum_over_processes([total])
-        return float(total)
 
     @property
     def loss_gradient(self) -> Tensor:

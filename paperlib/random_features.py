@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype, check_rows
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.streams import stream
 
 # V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
 # so that it comes out the same whether it is resident, streamed or split over processes.
 ROWS_PER_DRAW = 1024
+
+PLACEMENTS = ("auto", "resident", "streamed")
 
 
 class RandomFeatures(FeatureMap):
@@ -36,8 +40,10 @@ class RandomFeatures(FeatureMap):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         block_rows: int = 8192,
+        placement: str = "auto",
+        group: ProcessGroup | None = None,
     ):
-        """Draw V.
+        """Describe V; it is drawn when it is first needed.
 
         Args:
             d: dimension of an input.
@@ -48,10 +54,15 @@ class RandomFeatures(FeatureMap):
             device: where V lives; the CPU if not given.
             dtype: float32 (if not given) or float64. V is drawn in float32 in either case.
             block_rows: rows of V used at a time, a multiple of 1024.
+            placement: "resident" keeps V on the device, "streamed" draws it again block by block
+                in every pass, "auto" keeps it (in each dtype that is used) if it fits into the
+                free memory.
+            group: a torch.distributed process group over which the features are split: every
+                process holds its own blocks, and sums over features are all-reduced.
 
         Raises:
-            ValueError: for d, p or block_rows that are not positive, an unknown activation, a
-                device that is not there.
+            ValueError: for d, p or block_rows that are not positive, an unknown activation or
+                placement, a device that is not there.
             TypeError: for a dtype that is not a real floating type.
         """
         self.d = check_count("d", d)
@@ -67,6 +78,11 @@ class RandomFeatures(FeatureMap):
                 f"block_rows must be a positive multiple of {ROWS_PER_DRAW}, got {block_rows}"
             )
         self.block_rows = block_rows
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
+        self.placement = placement
+        self.group = group
+        self.starts = self._own_starts()
         self._resident: dict[torch.dtype, list[Tensor]] = {}
 
     def draw(self, start: int, stop: int) -> Tensor:
@@ -84,19 +100,58 @@ class RandomFeatures(FeatureMap):
             list(pool.map(fill, range(draws)))
         return rows.flatten(0, 1)[: stop - start]
 
+    def _own_starts(self) -> range:
+        """First rows of the blocks that this process holds: a range of neighbours."""
+        blocks = -(-self.p // self.block_rows)
+        if self.group is None:
+            return range(0, self.p, self.block_rows)
+        ranks, rank = self.group.size(), self.group.rank()
+        if blocks < ranks:
+            raise ValueError(
+                f"{blocks} blocks of {self.block_rows} features cannot be split over {ranks} "
+                "processes: use fewer processes or a smaller block_rows"
+            )
+        low, high = blocks * rank // ranks, blocks * (rank + 1) // ranks
+        return range(low * self.block_rows, min(high * self.block_rows, self.p), self.block_rows)
+
+    @property
+    def rows_held(self) -> int:
+        """How many of the p features this process holds."""
+        return min(self.starts[-1] + self.block_rows, self.p) - self.starts[0]
+
+    def keeps(self, dtype: torch.dtype) -> bool:
+        """Whether V is (or would now be) resident in that dtype."""
+        if dtype in self._resident:
+            return True
+        if self.placement != "auto":
+            return self.placement == "resident"
+        return bytes_of(dtype, self.rows_held, self.d) <= SHARE * free_bytes(self.device)
+
     def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first row, rows of V) in order."""
+        """Pairs (first row, rows of V) of the blocks of this process, in order."""
         dtype = self.dtype if dtype is None else dtype
-        if dtype not in self._resident:
-            starts = range(0, self.p, self.block_rows)
-            if self.dtype in self._resident:
-                self._resident[dtype] = [V.to(dtype) for V in self._resident[self.dtype]]
+        if dtype not in self._resident and self.keeps(dtype):
+            self._resident[dtype] = [V for _, V in self._fresh_blocks(dtype)]
+        if dtype in self._resident:
+            yield from zip(self.starts, self._resident[dtype], strict=True)
+        else:
+            yield from self._fresh_blocks(dtype)
+
+    def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """The blocks of this process, cast from V in the model's dtype or drawn."""
+        kept = self._resident.get(self.dtype)
+        for k, start in enumerate(self.starts):
+            if kept is None:
+                V = self.draw(start, min(start + self.block_rows, self.p))
             else:
-                self._resident[dtype] = [
-                    self.draw(start, min(start + self.block_rows, self.p)).to(self.device, dtype)
-                    for start in starts
-                ]
-        yield from zip(range(0, self.p, self.block_rows), self._resident[dtype], strict=True)
+                V = kept[k]
+            yield start, V.to(self.device, dtype)
+
+    def sum_over_processes(self, tensors: Sequence[Tensor]) -> None:
+        """All-reduce partial sums over the processes that share the features, in place."""
+        if self.group is not None:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor, group=self.group)
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; it is made again when it is next needed."""
@@ -104,7 +159,7 @@ class RandomFeatures(FeatureMap):
 
     @property
     def V(self) -> Tensor:
-        """The whole matrix V, (p, d). Makes a copy: meant for small models and tests."""
+        """The rows of V that this process holds, (p, d) without a group; a copy, for tests."""
         return torch.cat([V for _, V in self.weight_blocks()])
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:

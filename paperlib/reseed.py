@@ -55,9 +55,13 @@ def spectral_direction(
         residual: (C, p); e is its leading direction across the outputs.
         generator: source of the first subspace.
     """
-    weights = torch.linalg.svd(residual @ residual.T)[0][:, 0]
-    e = weights @ residual
-    e = e / torch.linalg.vector_norm(e)
+    outer = torch.zeros(len(residual), len(residual), dtype=torch.float64, device=residual.device)
+    for block in model.blocks():
+        part = residual[:, block.start : block.stop].double()
+        outer += part @ part.T
+    model.sum_over_processes([outer])
+    strengths, mixes = torch.linalg.eigh(outer)
+    e = (mixes[:, -1] / strengths[-1].sqrt()).to(residual.dtype) @ residual
     count = min(SUBSPACE, model.d)
     Q = random_on_sphere(count, model.d, generator=generator).to(residual)
     mean = torch.zeros((), dtype=torch.float64, device=residual.device)
