@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from paperlib.feature_map import FeatureMap
 
 # The share of the free memory that the weights may take; the rest is for features and products.
 SHARE = 0.6
@@ -40,6 +44,51 @@ def stage_bytes(candidates: int, features: int, outputs: int, dtypes: list[torch
     """
     kept = sum(2 * bytes_of(dtype, candidates, features) for dtype in dtypes)
     return 2 * (kept + 2 * bytes_of(torch.float64, outputs, features))
+
+
+def predicted_bytes(
+    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype
+) -> dict[str, int]:
+    """What a reconstruction will allocate at its peak, part by part.
+
+    Args:
+        model: the feature map.
+        candidates: candidates of the bulk stage.
+        outputs: rows of theta.
+        bulk: dtype of the bulk stage.
+    """
+    dtypes = [model.dtype] if bulk == model.dtype else [model.dtype, bulk]
+    held = getattr(model, "rows_held", model.p)
+    parts = {"features": stage_bytes(candidates, held, outputs, dtypes)}
+    if hasattr(model, "keeps"):
+        parts["weights"] = sum(
+            bytes_of(dtype, held, model.d)
+            for dtype in dtypes
+            if model.keeps(dtype) and not model.holds(dtype)
+        )
+        # V^T V, its inverse and its factor in float64.
+        parts["lift"] = bytes_of(torch.float64, 4, model.d, model.d)
+    return parts
+
+
+def check_memory(
+    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype
+) -> dict[str, int]:
+    """The predicted peak, refused if it cannot fit.
+
+    Raises:
+        MemoryError: with the parts, what is free, and what to change.
+    """
+    parts = predicted_bytes(model, candidates, outputs, bulk)
+    free = free_bytes(model.device)
+    if sum(parts.values()) > free:
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
+        raise MemoryError(
+            f"needs {readable(sum(parts.values()))} more ({listed}) and {readable(free)} are free "
+            f"on {model.device}: use placement='streamed', split the features over processes, or "
+            "lower p or n"
+        )
+    return parts
 
 
 def readable(size: float) -> str:

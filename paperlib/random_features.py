@@ -119,6 +119,10 @@ class RandomFeatures(FeatureMap):
         """How many of the p features this process holds."""
         return min(self.starts[-1] + self.block_rows, self.p) - self.starts[0]
 
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether V is resident in that dtype already."""
+        return dtype in self._resident
+
     def keeps(self, dtype: torch.dtype) -> bool:
         """Whether V is (or would now be) resident in that dtype."""
         if dtype in self._resident:

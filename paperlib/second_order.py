@@ -23,6 +23,7 @@ from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
+from paperlib.memory import check_memory
 from paperlib.precision import FLOOR, SETTLED, bulk_dtype
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
@@ -77,6 +78,7 @@ class SecondOrderSolver:
         self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
         self.bulk = bulk_dtype(model, self.candidates, bulk)
+        self.predicted_bytes = check_memory(model, self.candidates, len(theta), self.bulk)
         self.generator = stream("candidates", seed)
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
