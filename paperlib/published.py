@@ -266,7 +266,7 @@ def surrogate_blocks(model: FeatureMap, relu_slope: float) -> Iterator[FeatureBl
 
     def slope(u: Tensor) -> Tensor:
         if activation.name == "relu":  # one reading of u: this is the inner loop of the descent
-            return torch.where(u > 0, 1.0, relu_slope).to(u.dtype)
+            return torch.where(u > 0, u.new_tensor(1.0), u.new_tensor(relu_slope))
         return activation.slope(u).add_(u <= 0, alpha=relu_slope)
 
     surrogate = replace(activation, slope=slope)
