@@ -4,7 +4,8 @@ The attack through the last layer (Section 5 of the paper) assumes that theta = 
 combination of the features of the training data. That is exact when only the last layer is
 trained. When the layers below move too, theta is a combination of the features on the way, and
 the *residual at the truth*, the projection loss at the training data, is above zero: it bounds
-what any attack on that loss can reach.
+what any attack on that loss can reach. A sample whose *share*, the rise of that loss when its feature is
+taken away, is far below the residual has left no trace that stands out, and no attack finds it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from paperlib.checks import (
     check_positive,
     check_rows,
 )
+from paperlib.elimination import removal_costs
 from paperlib.feature_map import FeatureMap
 from paperlib.gradient_descent import DescentTrace, gradient_descent
 from paperlib.losses import Loss, loss_named
 from paperlib.networks.network import Network
-from paperlib.projection import projection_loss
+from paperlib.projection import Linearization
 
 LAYERS = ("all", "last")
 
@@ -46,6 +48,8 @@ class Training:
         status: the outcome in words.
         residual_at_truth: projection loss of theta at the training data; 0 if only the last layer
             moved.
+        shares: (n,) float64, how much that loss rises when a training sample is left out. Samples
+            with a share far below `residual_at_truth` are beyond reach.
         drift: relative change of the training data's features, ||Phi(T) - Phi(0)|| / ||Phi(0)||.
         steps: steps of gradient descent.
         seconds: wall time.
@@ -59,6 +63,7 @@ class Training:
     reached: bool
     status: str
     residual_at_truth: float
+    shares: Tensor
     drift: float
     steps: int
     seconds: float
@@ -263,13 +268,15 @@ def _record(
             f"not trained: {trace.status} at loss {trace.loss:.1e}, "
             f"above the target {options['target']:.0e}"
         )
+    truth = Linearization(features, theta, X)
     return Training(
         features=features,
         theta=theta,
         loss=trace.loss,
         reached=reached,
         status=status,
-        residual_at_truth=float(projection_loss(features, theta, X)),
+        residual_at_truth=truth.loss,
+        shares=removal_costs(truth.gram_inverse, truth.alpha) / truth.total_square,
         drift=drift,
         steps=trace.steps,
         seconds=trace.seconds,

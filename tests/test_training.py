@@ -146,7 +146,9 @@ def test_all_layers_reach_the_target(name):
     start = {k: v.clone() for k, v in network.state_dict().items()}
     run = train(network, data.X, data.y, max_steps=20_000, momentum=0.9)
     assert run.reached, run.status
-    assert float((network(data.X) - data.y).square().mean()) == pytest.approx(run.loss, rel=1e-2)
+    assert float((network(data.X) - data.y).square().mean().detach()) == pytest.approx(
+        run.loss, rel=1e-2
+    )
     assert torch.equal(run.theta, network.head.weight - start["head.weight"])
     moved = [k for k, v in network.state_dict().items() if not torch.equal(v, start[k])]
     assert len(moved) > 1 and "head.weight" in moved and "theta_0" not in moved
@@ -164,7 +166,7 @@ def test_last_layer_alone_leaves_the_others_and_has_no_residual(name):
     assert run.reached and run.residual_at_truth < 1e-10
     moved = [k for k, v in network.state_dict().items() if not torch.equal(v, start[k])]
     assert moved == ["head.weight"]
-    value = (network(data.X)[:, 0] - data.y).square().mean()
+    value = (network(data.X)[:, 0] - data.y).square().mean().detach()
     assert float(value) == pytest.approx(run.loss, rel=0.05)
     fitted = fit_min_norm(run.features, data.X, data.y, theta_0=network.theta_0)
     assert float((run.theta - fitted).norm() / fitted.norm()) < 1e-2
@@ -190,6 +192,16 @@ def test_digits_come_back_from_a_two_layer_network_trained_on_both_layers():
     run = train(TwoLayer(64, 10 * 64 * n // 10, 10), data.X, data.y)
     found = reconstruct(run.features, run.theta, n, progress=False, tolerance=1e-3)
     assert compare(data.X, found.samples).recovered(0.05) == n
+
+
+def test_shares_are_what_the_loss_rises_by_without_a_sample():
+    data = digits(4, labels="one-hot", seed=0, dtype=torch.float64)
+    run = train(TwoLayer(64, 300, 10, dtype=torch.float64), data.X, data.y)
+    for i in range(4):
+        others = [j for j in range(4) if j != i]
+        without = float(projection_loss(run.features, run.theta, data.X[others]))
+        assert float(run.shares[i]) == pytest.approx(without - run.residual_at_truth, rel=1e-6)
+    assert float(run.shares.min()) > run.residual_at_truth
 
 
 def test_labels_and_inputs_that_do_not_fit_are_refused():
