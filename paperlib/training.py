@@ -4,8 +4,9 @@ The attack through the last layer (Section 5 of the paper) assumes that theta = 
 combination of the features of the training data. That is exact when only the last layer is
 trained. When the layers below move too, theta is a combination of the features on the way, and
 the *residual at the truth*, the projection loss at the training data, is above zero: it bounds
-what any attack on that loss can reach. A sample whose *share*, the rise of that loss when its feature is
-taken away, is far below the residual has left no trace that stands out, and no attack finds it.
+what any attack on that loss can reach. A sample whose *share*, the rise of that loss when its
+feature is taken away, is far below the residual has left no trace that stands out, and no attack
+finds it.
 """
 
 from __future__ import annotations
