@@ -391,6 +391,6 @@ def survival(monkeypatch):
 
 
 def test_sweeps_survive_kills_of_worker_scheduler_driver_and_a_full_disk(survival):
-    table = survival.survive(4, 40, seed=3, size=2, pairs=(1,), shown=False)
+    table = survival.survive(4, 30, seed=3, size=1, pairs=(1,), shown=False)
     events = table[table["kind"] != "whole"]
     assert set(events["kind"]) == {"worker", "scheduler", "driver", "disk"}
