@@ -30,7 +30,10 @@ from paperlib.figures import (
     save_figure,
     use_style,
 )
+from paperlib.given_features import GivenFeatures
 from paperlib.min_norm import fit_min_norm
+from paperlib.module_features import ModuleFeatures
+from paperlib.networks import ResNet, TwoLayer, VisionTransformer
 from paperlib.parameters import check_parameters
 
 # The attack: the projection loss and its minimisation.
@@ -42,6 +45,7 @@ from paperlib.sphere import to_sphere
 
 # Many runs.
 from paperlib.sweep import sweep
+from paperlib.training import Training, train, train_last_layer
 
 __all__ = [
     "PALETTE",
@@ -49,8 +53,14 @@ __all__ = [
     "Comparison",
     "DataSet",
     "FeatureMap",
+    "GivenFeatures",
+    "ModuleFeatures",
     "RandomFeatures",
     "Reconstruction",
+    "ResNet",
+    "Training",
+    "TwoLayer",
+    "VisionTransformer",
     "activation",
     "activation_names",
     "check_parameters",
@@ -71,5 +81,7 @@ __all__ = [
     "sphere",
     "sweep",
     "to_sphere",
+    "train",
+    "train_last_layer",
     "use_style",
 ]

@@ -83,7 +83,12 @@ def reconstruct(
     return Reconstruction(
         samples=found["samples"],
         loss=found["loss"],
-        status=conclude(found["loss"], tolerance, identifiable=identifiable),
+        status=conclude(
+            found["loss"],
+            tolerance,
+            identifiable=identifiable,
+            agreed=found.get("agreed", False),
+        ),
         explained=found["loss"] <= tolerance,
         identifiable=identifiable,
         history=found["history"],
@@ -128,7 +133,8 @@ def second_order_options(
         seed: seed of the candidates.
         tolerance: loss at which restarts end.
         watch: progress.
-        restarts: most starts from new random candidates; the best by loss is returned.
+        restarts: most starts; the best by loss is returned. They end early when the parameters
+            are explained, or when two independent starts found the same samples.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.
@@ -165,6 +171,7 @@ def second_order_options(
         "stages": run.stages,
         "passes": run.passes,
         "restart": best.restart,
+        "agreed": best.agreed,
         "elimination_losses": best.elimination_losses,
     }
 

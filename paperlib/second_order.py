@@ -42,6 +42,11 @@ PROMISING = 1e-3
 # The least useful candidate is moved again and again while each move gains at least this factor.
 RESEED_GAIN = 0.8
 
+# Two candidates are the same sample above this |cosine|, and two restarts agree when this share of
+# their candidates is the same.
+SAME = 0.9
+AGREEMENT = 0.9
+
 
 @dataclass
 class Attempt:
@@ -51,6 +56,13 @@ class Attempt:
     loss: float
     restart: int
     elimination_losses: list[float] = field(default_factory=list)
+    agreed: bool = False
+
+
+def same_samples(A: Tensor, B: Tensor) -> bool:
+    """Whether almost all rows of A turn up among those of B, up to sign."""
+    cosines = (torch.nn.functional.normalize(A) @ torch.nn.functional.normalize(B).T).abs()
+    return float((cosines.amax(1) > SAME).double().mean()) >= AGREEMENT
 
 
 class SecondOrderSolver:
@@ -109,8 +121,13 @@ class SecondOrderSolver:
         The first restart and every one after a restart that gained nothing begin at random. Any
         other begins at the best samples so far, with fresh random candidates beside them: most of
         those samples are right, and each right one leaves d unknowns fewer to search.
+
+        Two starts from random candidates hardly ever meet but at true samples. When they agree on
+        the samples, the loss that is left is not the candidates' fault (a network whose features
+        moved while it trained is never explained exactly), and more restarts would find no more.
         """
         best: Attempt | None = None
+        independent: list[Tensor] = []
         stuck = False
         for restart in range(self.restarts):
             kept = None if best is None or stuck else best.X
@@ -120,6 +137,11 @@ class SecondOrderSolver:
                 best = attempt
             if best.loss <= self.tolerance:
                 break
+            if kept is None:
+                best.agreed = any(same_samples(attempt.X, X) for X in independent)
+                independent.append(attempt.X)
+                if best.agreed:
+                    break
         return best
 
     def _start(self, kept: Tensor | None) -> Tensor:
