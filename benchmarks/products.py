@@ -1,0 +1,118 @@
+"""How near the products of the attack run to what the machine can do.
+
+    python benchmarks/products.py [--d 3072] [--p 65536] [--n 14 30 70 140] [--out products.csv]
+
+Each product with V of a pass (2 n p d operations) has two floors: its operations over the rate of
+a large square matrix product, and one reading of V over the bandwidth of a large sum. The larger
+of the two floors over the time measured is its efficiency, 1 at best. All in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import torch
+
+import paperlib
+from paperlib.lift import Lift
+from paperlib.projection import Linearization
+from paperlib.results import machine
+
+SIDE = 3072
+
+
+def seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall-clock seconds after one warm-up, the device waited for."""
+
+    def once() -> float:
+        begun = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    once()
+    return statistics.median(once() for _ in range(repeats))
+
+
+def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Operations a second of a square product, and bytes a second of reading a large tensor."""
+    square = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    rate = 2 * SIDE**3 / seconds(lambda: square @ square)
+    # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
+    long = torch.randn(2**27, device=device)
+    return rate, 4 * len(long) / seconds(lambda: long.sum())
+
+
+def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
+    """One row for linearising and one for the Gauss-Newton product."""
+    rate, bandwidth = ceilings(dtype, device)
+    model = paperlib.RandomFeatures(d, p, device=device, seed=1)
+    theta = torch.randn(1, p, device=device)
+    X = paperlib.sphere(n, d, seed=2).X.to(device)
+    lift = Lift(model, theta, dtype=torch.float32)
+
+    def linearize() -> Linearization:
+        return Linearization(model, lift.theta, X, lift=lift, dtype=dtype, curvature=True)
+
+    point = linearize()
+    step = torch.randn_like(X), X.new_zeros(n, 1), X.new_zeros(1, d)
+    size = torch.empty(0, dtype=dtype).element_size()
+    # (name, work, products with n vectors, readings of V)
+    cases = [
+        ("linearize", linearize, 3, 2),
+        ("Gauss-Newton product", lambda: point.product(*step), 2, 1),
+    ]
+    rows = []
+    for name, work, products, readings in cases:
+        took = seconds(work)
+        operations, read = 2 * n * p * d * products, size * p * d * readings
+        floor = max(operations / rate, read / bandwidth)
+        rows.append(
+            {
+                "product": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "n": n,
+                "p": p,
+                "d": d,
+                "seconds": took,
+                "gigaflops": operations / took / 1e9,
+                "ceiling_gigaflops": rate / 1e9,
+                "bandwidth_gigabytes": bandwidth / 1e9,
+                "efficiency": floor / took,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--d", type=int, default=3072)
+    parser.add_argument("--p", type=int, default=65536)
+    parser.add_argument("--n", type=int, nargs="+", default=[14, 30, 70, 140])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = [
+        row
+        for dtype in (torch.bfloat16, torch.float32)
+        for n in options.n
+        for row in measure(n, options.p, options.d, dtype, options.device)
+    ]
+    table = pandas.DataFrame(rows)
+    print(table.round(3).to_string(index=False))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(options.out, index=False)
+        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
