@@ -41,9 +41,10 @@ from paperlib.projection import projection_loss
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
-from paperlib.sphere import to_sphere
 
 # Many runs.
+from paperlib.results import export_results, read_store
+from paperlib.sphere import to_sphere
 from paperlib.sweep import sweep
 from paperlib.training import Training, train, train_last_layer
 
@@ -67,6 +68,7 @@ __all__ = [
     "cifar10",
     "compare",
     "digits",
+    "export_results",
     "faces",
     "fit_min_norm",
     "image_folder",
@@ -76,6 +78,7 @@ __all__ = [
     "photographs",
     "projection_loss",
     "random_baseline",
+    "read_store",
     "reconstruct",
     "save_figure",
     "sphere",

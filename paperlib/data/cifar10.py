@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from paperlib.data.dataset import DataSet
 from paperlib.data.image_folder import image_folder
@@ -95,6 +94,9 @@ def cifar10(
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(cache) / "paperlib"
         folder.mkdir(parents=True, exist_ok=True)
+    # Imported here: these libraries take seconds to load, in every process of a sweep.
+    import torchvision
+
     stored = torchvision.datasets.CIFAR10(folder, train=split == "train", download=download)
     targets = np.asarray(stored.targets)
 

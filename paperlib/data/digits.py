@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 
 from paperlib.data.dataset import DataSet
 from paperlib.data.selection import ClassPool, Item, build, class_name, group_classes
@@ -41,6 +40,9 @@ def digits(
     if classes is None:
         classes = range(10) if labels == "one-hot" else EVEN_AGAINST_ODD
     groups = group_classes(classes, range(10), "digit")
+    # Imported here: these libraries take seconds to load, in every process of a sweep.
+    from sklearn.datasets import load_digits
+
     bunch = load_digits()
     members = [
         tuple(Item(f"digit {digit}", int(i)) for i in np.flatnonzero(bunch.target == digit))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from skimage.data import lfw_subset
 
 from paperlib.checks import check_count
 from paperlib.data.dataset import DataSet
@@ -37,6 +36,9 @@ def faces(
     Raises:
         ValueError: for n below 1 or above what there is.
     """
+    # Imported here: these libraries take seconds to load, in every process of a sweep.
+    from skimage.data import lfw_subset
+
     images = lfw_subset()  # 100 faces, then 100 pieces of background
     face = [Item(f"face {i + 1}", i) for i in range(100)]
     if faces_only:

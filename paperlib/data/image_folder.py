@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from paperlib.checks import check_count
 from paperlib.data.dataset import DataSet
@@ -57,6 +56,9 @@ def image_folder(
         ValueError: for n below 1 or above what there is, an unknown class, pictures of several
             sizes, or a file that is no picture.
     """
+    # Imported here: these libraries take seconds to load, in every process of a sweep.
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
     root = Path(root).expanduser()
     if size is not None:
         size = check_count("size", size, least=4)

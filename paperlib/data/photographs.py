@@ -11,8 +11,6 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image
-from skimage import data as skimage_data
-from sklearn.datasets import load_sample_image
 
 from paperlib.checks import check_count
 from paperlib.data.dataset import DataSet
@@ -168,6 +166,10 @@ def _pools_for(
 
 @cache
 def _photograph(name: str) -> Image.Image:
+    # Imported here: these libraries take seconds to load, in every process of a sweep.
+    from skimage import data as skimage_data
+    from sklearn.datasets import load_sample_image
+
     if name in ("china", "flower"):
         return Image.fromarray(load_sample_image(f"{name}.jpg"))
     return Image.fromarray(getattr(skimage_data, name)())

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import Encoder
 
 from paperlib.checks import check_count
 from paperlib.networks.network import ImageRows, Network, check_image_shape
@@ -68,6 +67,9 @@ class VisionTransformer(Network):
             raise ValueError(f"readout must be one of {READOUTS}, got {readout!r}")
         hidden = check_count("mlp_ratio * width", round(mlp_ratio * width))
         tokens = (height // patch) * (wide // patch)
+        # Imported here: these libraries take seconds to load, in every process of a sweep.
+        from torchvision.models.vision_transformer import Encoder
+
         # torchvision initialises from the global stream, which is none of our business.
         with torch.random.fork_rng(devices=[]):
             encoder = Encoder(tokens + (readout == "class"), depth, heads, width, hidden, 0.0, 0.0)
@@ -86,7 +88,7 @@ class Tokens(nn.Module):
         channels: int,
         patch: int,
         width: int,
-        encoder: Encoder,
+        encoder: nn.Module,
         readout: str,
     ):
         """Hold the patch embedding and the encoder."""
