@@ -123,8 +123,11 @@ def check_theta(theta: Tensor, model: FeatureMap) -> Tensor:
         theta = theta[None]
     if theta.ndim != 2 or theta.shape[1] != model.p or len(theta) == 0:
         raise ValueError(f"theta must have shape (C, {model.p}), got {tuple(theta.shape)}")
-    if not theta.dtype.is_floating_point:
-        raise TypeError(f"theta must be floating point, got {theta.dtype}")
+    if theta.dtype != model.dtype:
+        raise TypeError(
+            f"theta must have the model's dtype {model.dtype}, got {theta.dtype}: "
+            "dtypes are not mixed, convert it with theta.to(model.dtype)"
+        )
     if theta.device != model.device:
         raise ValueError(f"theta must be on the model's device {model.device}, got {theta.device}")
     check_finite("theta", theta)

@@ -35,7 +35,7 @@ def projection_loss(model: FeatureMap, theta: Tensor, candidates: Tensor) -> Ten
         ValueError: for wrong shapes, values that are not finite, or theta of zeros.
         TypeError: for dtypes that differ from the model's.
     """
-    theta = check_theta(theta, model).to(model.dtype)
+    theta = check_theta(theta, model)
     check_rows("candidates", candidates, model)
     check_finite("candidates", candidates)
     return _ProjectionLoss.apply(candidates, model, theta)

@@ -56,7 +56,7 @@ def reconstruct(
             that are not finite, or zero.
         TypeError: for an option that the solver does not know.
     """
-    theta = check_theta(theta, model).to(model.dtype)
+    theta = check_theta(theta, model)
     n = check_count("n", n)
     seed = check_count("seed", seed, least=0)
     if model.p < n:
@@ -88,6 +88,7 @@ def reconstruct(
             tolerance,
             identifiable=identifiable,
             agreed=found.get("agreed", False),
+            spare=found.get("spare", False),
         ),
         explained=found["loss"] <= tolerance,
         identifiable=identifiable,
@@ -172,6 +173,7 @@ def second_order_options(
         "passes": run.passes,
         "restart": best.restart,
         "agreed": best.agreed,
+        "spare": best.spare,
         "elimination_losses": best.elimination_losses,
     }
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.elimination import eliminate
+from paperlib.elimination import eliminate, least_useful
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
@@ -47,6 +47,10 @@ RESEED_GAIN = 0.8
 SAME = 0.9
 AGREEMENT = 0.9
 
+# A candidate counts as spare when the loss without it, nothing else moved, is below this many
+# tolerances: moving the others would bring it below one.
+SPARE = 100
+
 
 @dataclass
 class Attempt:
@@ -57,6 +61,7 @@ class Attempt:
     restart: int
     elimination_losses: list[float] = field(default_factory=list)
     agreed: bool = False
+    spare: bool = False
 
 
 def same_samples(A: Tensor, B: Tensor) -> bool:
@@ -162,7 +167,10 @@ class SecondOrderSolver:
             trial = self._finish(X, restart)
             if trial.loss < point.loss:
                 point = trial
-        return Attempt(point.X, point.loss, restart, elimination.losses)
+        # One candidate less would do: that one says nothing of the data.
+        cost = least_useful(point.gram, point.gram_inverse, point.alpha)[1]
+        spare = self.n > 1 and point.loss + cost / point.total_square <= SPARE * self.tolerance
+        return Attempt(point.X, point.loss, restart, elimination.losses, spare=spare)
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""

@@ -213,7 +213,7 @@ BAD_THETA = [
     (lambda t: 0 * t, ValueError, "theta is zero: nothing was learned"),
     (lambda t: spoilt(t, math.nan), ValueError, "theta must be finite, got 1 entries"),
     (lambda t: spoilt(t, -math.inf), ValueError, "theta must be finite, got 1 entries"),
-    (lambda t: t.int(), TypeError, "theta must be floating point, got torch.int32"),
+    (lambda t: t.int(), TypeError, "theta must have the model's dtype torch.float32, got torch.int32"),
     (lambda t: t.numpy(), TypeError, "theta must be a torch tensor, got ndarray"),
     (lambda t: t.to("meta"), ValueError, "theta must be on the model's device cpu, got meta"),
 ]
@@ -319,3 +319,14 @@ def test_every_error_comes_before_v_is_drawn(monkeypatch):
     for options in ({"solver": "adam"}, {"stepps": 5}, {"max_steps": 0}, {"forcing": 2.0}):
         with pytest.raises((ValueError, TypeError)):
             reconstruct(model, theta, N, **options)
+
+
+def test_parameters_of_another_dtype_are_refused():
+    model = RandomFeatures(5, 40)
+    theta = torch.ones(1, 40, dtype=torch.float64)
+    for attack in (
+        lambda: reconstruct(model, theta, 2),
+        lambda: projection_loss(model, theta, torch.ones(2, 5)),
+    ):
+        with pytest.raises(TypeError, match="theta must have the model's dtype torch.float32"):
+            attack()
