@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.elimination import eliminate, least_useful
+from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
@@ -47,8 +47,8 @@ RESEED_GAIN = 0.8
 SAME = 0.9
 AGREEMENT = 0.9
 
-# A candidate counts as spare when the loss without it, nothing else moved, is below this many
-# tolerances: moving the others would bring it below one.
+# A candidate is to spare when the loss with n - 1 candidates kept is below this many tolerances:
+# refining those would bring it below one.
 SPARE = 100
 
 
@@ -167,9 +167,9 @@ class SecondOrderSolver:
             trial = self._finish(X, restart)
             if trial.loss < point.loss:
                 point = trial
-        # One candidate less would do: that one says nothing of the data.
-        cost = least_useful(point.gram, point.gram_inverse, point.alpha)[1]
-        spare = self.n > 1 and point.loss + cost / point.total_square <= SPARE * self.tolerance
+        # Fewer would do, as far as the arithmetic of the bulk stage can tell.
+        spare = self.bulk != torch.bfloat16 and self.n > 1
+        spare = spare and elimination.losses[self.n - 1] <= SPARE * self.tolerance
         return Attempt(point.X, point.loss, restart, elimination.losses, spare=spare)
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:

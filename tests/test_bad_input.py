@@ -213,7 +213,11 @@ BAD_THETA = [
     (lambda t: 0 * t, ValueError, "theta is zero: nothing was learned"),
     (lambda t: spoilt(t, math.nan), ValueError, "theta must be finite, got 1 entries"),
     (lambda t: spoilt(t, -math.inf), ValueError, "theta must be finite, got 1 entries"),
-    (lambda t: t.int(), TypeError, "theta must have the model's dtype torch.float32, got torch.int32"),
+    (
+        lambda t: t.int(),
+        TypeError,
+        "theta must have the model's dtype torch.float32, got torch.int32",
+    ),
     (lambda t: t.numpy(), TypeError, "theta must be a torch tensor, got ndarray"),
     (lambda t: t.to("meta"), ValueError, "theta must be on the model's device cpu, got meta"),
 ]
