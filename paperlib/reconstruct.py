@@ -88,7 +88,6 @@ def reconstruct(
             tolerance,
             identifiable=identifiable,
             agreed=found.get("agreed", False),
-            spare=found.get("spare", False),
         ),
         explained=found["loss"] <= tolerance,
         identifiable=identifiable,
@@ -173,7 +172,6 @@ def second_order_options(
         "passes": run.passes,
         "restart": best.restart,
         "agreed": best.agreed,
-        "spare": best.spare,
         "elimination_losses": best.elimination_losses,
     }
 

@@ -58,9 +58,7 @@ class Reconstruction:
         )
 
 
-def conclude(
-    loss: float, tolerance: float, *, identifiable: bool, agreed: bool = False, spare: bool = False
-) -> str:
+def conclude(loss: float, tolerance: float, *, identifiable: bool, agreed: bool = False) -> str:
     """The status in words: never a success that the loss cannot show."""
     if loss > tolerance and agreed:
         return (
@@ -78,12 +76,6 @@ def conclude(
             "explained, not identified: these data explain the parameters, but the parameters "
             "count no more numbers than the data (p < d n), so other data explain them as well; "
             "these are not guaranteed to be the training data"
-        )
-    if spare:
-        return (
-            "explained with candidates to spare: fewer than n samples explain the parameters as "
-            "well, so at least one of these may be arbitrary; n may be too large, two training "
-            "samples may be equal, or one may have left hardly a trace"
         )
     return (
         "explained and identified: these data explain the parameters, which count more numbers "

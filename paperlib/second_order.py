@@ -47,10 +47,6 @@ RESEED_GAIN = 0.8
 SAME = 0.9
 AGREEMENT = 0.9
 
-# A candidate is to spare when the loss with n - 1 candidates kept is below this many tolerances:
-# refining those would bring it below one.
-SPARE = 100
-
 
 @dataclass
 class Attempt:
@@ -61,7 +57,6 @@ class Attempt:
     restart: int
     elimination_losses: list[float] = field(default_factory=list)
     agreed: bool = False
-    spare: bool = False
 
 
 def same_samples(A: Tensor, B: Tensor) -> bool:
@@ -167,10 +162,7 @@ class SecondOrderSolver:
             trial = self._finish(X, restart)
             if trial.loss < point.loss:
                 point = trial
-        # Fewer would do, as far as the arithmetic of the bulk stage can tell.
-        spare = self.bulk != torch.bfloat16 and self.n > 1
-        spare = spare and elimination.losses[self.n - 1] <= SPARE * self.tolerance
-        return Attempt(point.X, point.loss, restart, elimination.losses, spare=spare)
+        return Attempt(point.X, point.loss, restart, elimination.losses)
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""

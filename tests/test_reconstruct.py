@@ -257,14 +257,3 @@ def test_restarts_end_when_independent_ones_agree():
     assert "independent restarts found the same samples" in found.status
     assert 1 < 1 + max(stage["restart"] for stage in found.stages) < 8
     assert compare(data.X, found.samples).recovered(0.1) >= 5
-
-
-def test_a_candidate_too_many_is_said_to_be_arbitrary():
-    data = sphere(4, 30, seed=3)
-    model = RandomFeatures(30, 3000, seed=5)
-    theta = fit_min_norm(model, data.X, data.y)
-    right = reconstruct(model, theta, 4, seed=1, progress=False)
-    assert right.status.startswith("explained and identified")
-    more = reconstruct(model, theta, 5, seed=1, progress=False)
-    assert more.status.startswith("explained with candidates to spare")
-    assert compare(data.X, more.samples).recovered() == 4
