@@ -1,15 +1,11 @@
+# ruff: noqa: I001 - in the order of an attack, not of the alphabet
 """paperlib: the training data of a model, read back from its parameters.
 
 A companion to "A Law of Data Reconstruction for Random Features (and Beyond)" by Iurada, Bombari,
-Tommasi and Mondelli (ICLR 2026, arXiv 2509.22214). Its public names, in the order of an attack:
+Tommasi and Mondelli (ICLR 2026, arXiv 2509.22214). Its public names, in the order of an attack.
 """
 
-# Data: each returns X (n, d) on the sphere, labels y, and what turns samples into pictures again.
-# The model under attack: a feature map, and the training that gives its parameters.
-from paperlib.activations import Activation, activation, activation_names
-
-# The verdict: samples matched with the data, and the three errors of the paper.
-from paperlib.compare import Comparison, compare, random_baseline
+# Data: each loader returns X (n, d) on the sphere, labels y, and what shows samples as pictures.
 from paperlib.data import (
     DataSet,
     cifar10,
@@ -19,7 +15,35 @@ from paperlib.data import (
     photographs,
     sphere,
 )
+from paperlib.sphere import to_sphere
+
+# The model under attack: a feature map, and the training that gives its parameters.
+from paperlib.activations import Activation, activation, activation_names
 from paperlib.feature_map import FeatureMap
+from paperlib.random_features import RandomFeatures
+from paperlib.given_features import GivenFeatures
+from paperlib.module_features import ModuleFeatures
+from paperlib.networks import ResNet, TwoLayer, VisionTransformer
+from paperlib.min_norm import fit_min_norm
+from paperlib.training import Training, train, train_last_layer
+
+# The attack: the projection loss and its minimisation.
+from paperlib.projection import projection_loss
+from paperlib.reconstruct import reconstruct
+from paperlib.record import Reconstruction
+from paperlib.sample_count import SampleCount, estimate_sample_count
+from paperlib.releases import combine_releases, release_spectrum
+
+# The verdict: samples matched with the data, and the three errors of the paper.
+from paperlib.compare import Comparison, compare, random_baseline
+
+# The law itself: what the parameters determine.
+from paperlib.identifiability import (
+    jacobian_spectrum,
+    least_parameters,
+    parameter_jacobian,
+    walk_explanations,
+)
 
 # Figures and notebooks.
 from paperlib.figures import (
@@ -30,23 +54,11 @@ from paperlib.figures import (
     save_figure,
     use_style,
 )
-from paperlib.given_features import GivenFeatures
-from paperlib.min_norm import fit_min_norm
-from paperlib.module_features import ModuleFeatures
-from paperlib.networks import ResNet, TwoLayer, VisionTransformer
 from paperlib.parameters import check_parameters
 
-# The attack: the projection loss and its minimisation.
-from paperlib.projection import projection_loss
-from paperlib.random_features import RandomFeatures
-from paperlib.reconstruct import reconstruct
-from paperlib.record import Reconstruction
-
 # Many runs.
-from paperlib.results import export_results, read_store
-from paperlib.sphere import to_sphere
 from paperlib.sweep import sweep
-from paperlib.training import Training, train, train_last_layer
+from paperlib.results import export_results, read_store
 
 __all__ = [
     "PALETTE",
@@ -59,6 +71,7 @@ __all__ = [
     "RandomFeatures",
     "Reconstruction",
     "ResNet",
+    "SampleCount",
     "Training",
     "TwoLayer",
     "VisionTransformer",
@@ -66,20 +79,26 @@ __all__ = [
     "activation_names",
     "check_parameters",
     "cifar10",
+    "combine_releases",
     "compare",
     "digits",
+    "estimate_sample_count",
     "export_results",
     "faces",
     "fit_min_norm",
     "image_folder",
     "image_strip",
+    "jacobian_spectrum",
+    "least_parameters",
     "mark_level",
     "mark_threshold",
+    "parameter_jacobian",
     "photographs",
     "projection_loss",
     "random_baseline",
     "read_store",
     "reconstruct",
+    "release_spectrum",
     "save_figure",
     "sphere",
     "sweep",
@@ -87,4 +106,5 @@ __all__ = [
     "train",
     "train_last_layer",
     "use_style",
+    "walk_explanations",
 ]

@@ -60,7 +60,7 @@ def least_parameters(n: int, d: int, outputs: int = 1) -> int:
 
 
 def coefficients(model: FeatureMap, theta: Tensor, X: Tensor) -> Tensor:
-    """alpha (n, C) of least squares theta ~ alpha^T phi(X), in float64."""
+    """Coefficients alpha (n, C) of least squares theta ~ alpha^T phi(X), in float64."""
     features = model.features(X).double()
     gram_inverse = pseudo_inverse(features @ features.T, cutoff=1e-14)
     return gram_inverse @ (features @ theta.double().T)
