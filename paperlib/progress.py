@@ -39,7 +39,7 @@ class Progress:
     def stage(self, name: str) -> None:
         """A new stage begins."""
         self._stage = name
-        self._bar.set_postfix_str(name, refresh=True)
+        self._bar.set_postfix_str(name, refresh=False)
 
     def step(self, loss: float, X: Tensor) -> None:
         """A step was taken."""
