@@ -75,7 +75,7 @@ def test_python_blocks_run():
         with contextlib.redirect_stdout(out):
             exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
         assert "explained and identified" in out.getvalue()
-        assert "10 of 10" in out.getvalue()
+        assert re.search(r"\b(\d+) of \1\b", out.getvalue()), "not all samples came back"
 
 
 @pytest.mark.parametrize("call", papermill_calls(), ids=lambda call: Path(call[-1]).name)
