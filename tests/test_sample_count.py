@@ -78,6 +78,11 @@ def test_candidates_are_described():
     assert list(table["sample"]) == [0, 0, 2, 1]
     assert list(table.kind) == ["duplicate", "sample", "other", "sample"]
     assert table.cosine[2] == pytest.approx(-1)
+    assert table.mixed_with[0] == 1 and table.mixed_weight[0] == pytest.approx(1e-3, rel=1e-2)
+    mixed = describe_candidates(X, (0.8 * X[2] - 0.5 * X[1])[None])
+    assert (mixed["sample"][0], mixed.mixed_with[0]) == (2, 1)
+    assert mixed.weight[0] == pytest.approx(0.8) and mixed.mixed_weight[0] == pytest.approx(-0.5)
+    assert describe_candidates(X[:1], X).mixed_with.eq(-1).all()
 
 
 def test_cells():

@@ -28,7 +28,9 @@ def describe_candidates(X: Tensor, samples: Tensor, *, found: float = 0.05) -> p
         A row for each candidate: `sample`, the index of the most similar training sample by
         |cosine|; `cosine` with it; `error`, ||x - x^|| / sqrt(d) to it; `kind`, "sample" for the
         best candidate within `found` of a sample, "duplicate" for a further one, "other" for
-        one that is no sample.
+        one that is no sample; `weight`, `mixed_with` and `mixed_weight`: in the combination of
+        training samples nearest to the candidate, the weight of `sample`, and which other sample
+        has the largest weight (by magnitude) and how much; with n = 1 -1 and 0.
     """
     X, samples = X.double().cpu(), samples.double().cpu()
     cosines = torch.nn.functional.normalize(samples) @ torch.nn.functional.normalize(X).T
@@ -41,12 +43,20 @@ def describe_candidates(X: Tensor, samples: Tensor, *, found: float = 0.05) -> p
             kinds[j] = "duplicate" if int(owner[j]) in taken else "sample"
             taken.add(int(owner[j]))
     rows = range(len(samples))
+    weights = torch.linalg.lstsq(X.T, samples.T, driver="gelsd").solution.T
+    others = weights.clone()
+    others[list(rows), owner] = 0
+    second = others.abs().argmax(1)
+    alone = len(X) == 1
     return pd.DataFrame(
         {
             "sample": owner.tolist(),
             "cosine": [float(cosines[j, owner[j]]) for j in rows],
             "error": errors.tolist(),
             "kind": kinds,
+            "weight": [float(weights[j, owner[j]]) for j in rows],
+            "mixed_with": [-1 if alone else int(second[j]) for j in rows],
+            "mixed_weight": [float(others[j, second[j]]) for j in rows],
         }
     )
 
