@@ -78,8 +78,9 @@ def reconstruct(
         found = SOLVERS[solver](
             model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **options
         )
-    C = len(theta)
-    identifiable = C * model.p > n * (model.d - 1 + C)
+    # Outputs count as far as they are independent, and n samples span no more than n of them.
+    outputs = min(n, independent_rows(theta))
+    identifiable = outputs * model.p > n * (model.d - 1 + outputs)
     return Reconstruction(
         samples=found["samples"],
         loss=found["loss"],
@@ -107,6 +108,12 @@ def reconstruct(
         },
         elimination_losses=found["elimination_losses"],
     )
+
+
+def independent_rows(theta: Tensor, *, cutoff: float = 1e-6) -> int:
+    """The rank of theta, singular values below `cutoff` of the largest left out."""
+    squares = torch.linalg.eigvalsh(theta.double() @ theta.double().T)
+    return int((squares > cutoff**2 * squares[-1]).sum())
 
 
 def second_order_options(

@@ -20,7 +20,7 @@ class Reconstruction:
         status: in words, what may be concluded from the loss.
         explained: whether the loss reached the tolerance.
         identifiable: whether the parameters count more numbers than the data, C p > n (d - 1 + C)
-            (p > d n for one output); if not, other data explain them as well.
+            for C independent outputs (p > d n for one); if not, other data explain them as well.
         history: one dict a step: stage, restart, step, loss, damping, inner iterations, seconds.
         stages: one dict a stage: restart, name, dtype, why it ended, loss, candidates, passes,
             seconds.

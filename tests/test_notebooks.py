@@ -202,3 +202,11 @@ def test_every_fault_is_found(executed, tmp_path, change, fault):
     path = tmp_path / "changed.ipynb"
     nbformat.write(notebook, path)
     assert any(fault in found for found in faults(path))
+
+
+@every_notebook
+def test_links_between_chapters_resolve(path):
+    cells = read(path).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([\w./-]+\.ipynb)\)", text):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"

@@ -257,3 +257,15 @@ def test_restarts_end_when_independent_ones_agree():
     assert "independent restarts found the same samples" in found.status
     assert 1 < 1 + max(stage["restart"] for stage in found.stages) < 8
     assert compare(data.X, found.samples).recovered(0.1) >= 5
+
+
+def test_dependent_outputs_count_once():
+    # Twice the same output is one release: 2 p numbers, but only p different ones.
+    data = sphere(6, 40, seed=3)
+    model = RandomFeatures(40, 200, seed=5)
+    theta = fit_min_norm(model, data.X, data.y)
+    twice = torch.cat([theta, 2 * theta])
+    options = {"seed": 1, "restarts": 1, "max_steps": 2, "progress": False}
+    assert not reconstruct(model, twice, 6, **options).identifiable
+    other = fit_min_norm(model, data.X, data.y.flip(0))
+    assert reconstruct(model, torch.cat([theta, other]), 6, **options).identifiable
