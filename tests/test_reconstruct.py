@@ -88,7 +88,7 @@ def test_a_search_that_fails_claims_nothing():
 def test_identifiable_counts_numbers_against_unknowns(p, C, identifiable):
     """C p numbers against n (d - 1) directions and n C coefficients; p > d n for one output."""
     model = RandomFeatures(20, p)
-    theta = torch.ones(C, p).cumsum(1)
+    theta = torch.stack([torch.linspace(0.1, 1, p) ** (c + 1) for c in range(C)])
     found = reconstruct(model, theta, 5, max_steps=1, restarts=1, progress=False)
     assert found.identifiable == identifiable
 
