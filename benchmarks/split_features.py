@@ -25,8 +25,8 @@ import paperlib
 def main() -> None:
     """Attack, and print one line a process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=20)
-    parser.add_argument("--d", type=int, default=768)
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--dimension", type=int, default=768)
     parser.add_argument("--p-over-dn", type=float, default=5.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -37,20 +37,20 @@ def main() -> None:
         group = dist.group.WORLD
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    data = paperlib.sphere(options.n, options.d, seed=1)
-    p = round(options.p_over_dn * options.n * options.d)
-    model = paperlib.RandomFeatures(options.d, p, seed=2, device=device, group=group)
+    data = paperlib.sphere(options.samples, options.dimension, seed=1)
+    p = round(options.p_over_dn * options.samples * options.dimension)
+    model = paperlib.RandomFeatures(options.dimension, p, seed=2, device=device, group=group)
     theta = paperlib.fit_min_norm(model, data.X.to(device), data.y)
-    found = paperlib.reconstruct(model, theta, options.n, seed=3, bulk="float32", progress=False)
+    found = paperlib.reconstruct(model, theta, options.samples, seed=3, bulk="float32", progress=False)
     comparison = paperlib.compare(data.X, found.samples.cpu())
     rank = dist.get_rank() if group else 0
     row = {
         "processes": dist.get_world_size() if group else 1,
         "rank": rank,
-        "n": options.n,
-        "d": options.d,
+        "n": options.samples,
+        "d": options.dimension,
         "p": p,
-        "weight_megabytes": model.rows_held * options.d * 4 / 1e6,
+        "weight_megabytes": model.rows_held * options.dimension * 4 / 1e6,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "passes": found.passes,
         "seconds": found.seconds,
