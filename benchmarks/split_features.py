@@ -41,7 +41,9 @@ def main() -> None:
     p = round(options.p_over_dn * options.samples * options.dimension)
     model = paperlib.RandomFeatures(options.dimension, p, seed=2, device=device, group=group)
     theta = paperlib.fit_min_norm(model, data.X.to(device), data.y)
-    found = paperlib.reconstruct(model, theta, options.samples, seed=3, bulk="float32", progress=False)
+    found = paperlib.reconstruct(
+        model, theta, options.samples, seed=3, bulk="float32", progress=False
+    )
     comparison = paperlib.compare(data.X, found.samples.cpu())
     rank = dist.get_rank() if group else 0
     row = {
