@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paperlib.checks import check_rows
+
 
 class FeatureBlock(ABC):
     """The features start, .., stop - 1 of a feature map.
@@ -84,10 +86,13 @@ class FeatureMap(ABC):
 
     def features(self, X: Tensor) -> Tensor:
         """phi(X), (n, p), for X of shape (n, d)."""
+        check_rows("X", X, self)
         return self._gather(X, ((b, b.linearize(X)[0]) for b in self.blocks()))
 
     def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
         """Jacobian-vector products, (n, p): row i is J_i dx_i."""
+        check_rows("X", X, self)
+        check_rows("dX", dX, self, rows=len(X))
         return self._gather(X, ((b, b.jvp(b.linearize(X)[1], dX)) for b in self.blocks()))
 
     def _gather(self, X: Tensor, parts: Iterable[tuple[FeatureBlock, Tensor]]) -> Tensor:
@@ -100,6 +105,8 @@ class FeatureMap(ABC):
 
     def vjp(self, X: Tensor, W: Tensor) -> Tensor:
         """Vector-Jacobian products, (n, d): row i is J_i^T w_i, for W of shape (n, p)."""
+        check_rows("X", X, self)
+        check_rows("W", W, self, rows=len(X), columns=self.p)
         total = torch.zeros_like(X)
         for block in self.blocks():
             total += block.vjp(block.linearize(X)[1], W[:, block.start : block.stop])

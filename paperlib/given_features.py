@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import Activation, activation
-from paperlib.checks import check_count, check_dtype, check_finite, check_rows
+from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.random_features import RandomFeatureBlock
 
@@ -67,23 +67,6 @@ class GivenFeatures(FeatureMap):
         """Blocks of `block_rows` features each."""
         for start, V in self.weight_blocks(dtype=dtype):
             yield GivenFeatureBlock(start, V, self.activation, self.linear_coefficient)
-
-    def features(self, X: Tensor) -> Tensor:
-        """phi(X) = act(X V^T), (n, p), for X of shape (n, d)."""
-        check_rows("X", X, self)
-        return super().features(X)
-
-    def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
-        """act'(X V^T) * (dX V^T), (n, p)."""
-        check_rows("X", X, self)
-        check_rows("dX", dX, self, rows=len(X))
-        return super().jvp(X, dX)
-
-    def vjp(self, X: Tensor, W: Tensor) -> Tensor:
-        """(act'(X V^T) * W) V, (n, d), for W of shape (n, p)."""
-        check_rows("X", X, self)
-        check_rows("W", W, self, rows=len(X), columns=self.p)
-        return super().vjp(X, W)
 
     def describe(self) -> dict[str, Any]:
         """Sizes, and a checksum that tells whether V is the same."""

@@ -127,18 +127,6 @@ class ModuleFeatures(FeatureMap):
         with torch.no_grad():
             return torch.cat([self.forward(part) for part in X.split(self.chunk)])
 
-    def jvp(self, X: Tensor, dX: Tensor) -> Tensor:
-        """J_i dx_i in row i, (n, p)."""
-        check_rows("X", X, self)
-        check_rows("dX", dX, self, rows=len(X))
-        return super().jvp(X, dX)
-
-    def vjp(self, X: Tensor, W: Tensor) -> Tensor:
-        """J_i^T w_i in row i, (n, d), for W of shape (n, p)."""
-        check_rows("X", X, self)
-        check_rows("W", W, self, rows=len(X), columns=self.p)
-        return super().vjp(X, W)
-
     def describe(self) -> dict[str, Any]:
         """Class, sizes and a checksum of the module, which tells whether it is the same one."""
         digest = hashlib.sha256()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 
 from torch import Tensor
@@ -21,7 +20,7 @@ class Progress:
         show: bool | None = None,
         callback: Callable[[str, float, Tensor], None] | None = None,
     ):
-        """Start the clock.
+        """Set the bar up; it shows itself after its delay.
 
         Args:
             show: whether to draw a bar; if None, unless PAPERLIB_PROGRESS=0 is set.
@@ -34,7 +33,6 @@ class Progress:
         )
         self._stage = ""
         self._callback = callback
-        self.begun = time.perf_counter()
 
     def stage(self, name: str) -> None:
         """A new stage begins."""

@@ -102,7 +102,7 @@ def estimate_sample_count(
     Raises:
         ValueError: for most < 1, p < most, or theta that `reconstruct` refuses.
     """
-    theta = check_theta(theta, model).to(model.dtype)
+    theta = check_theta(theta, model)
     most = check_count("most", most)
     check_count("refine_steps", refine_steps)
     if tolerance is None:

@@ -90,12 +90,11 @@ class SecondOrderSolver:
         self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
         self.bulk = bulk_dtype(model, self.candidates, bulk)
-        self.predicted_bytes = check_memory(model, self.candidates, len(theta), self.bulk)
+        check_memory(model, self.candidates, len(theta), self.bulk)
         self.generator = stream("candidates", seed)
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.passes = 0
-        self.begun = time.perf_counter()
         self.lift = self._make_lift(lift)
 
     def _make_lift(self, wanted: bool | None) -> Lift | None:
