@@ -27,6 +27,9 @@ from paperlib.networks import ResNet, TwoLayer, VisionTransformer
 from paperlib.min_norm import fit_min_norm
 from paperlib.training import Training, train, train_last_layer
 
+# What is released of the parameters.
+from paperlib.quantise import quantise
+
 # The attack: the projection loss and its minimisation.
 from paperlib.projection import projection_loss
 from paperlib.reconstruct import reconstruct
@@ -95,6 +98,7 @@ __all__ = [
     "parameter_jacobian",
     "photographs",
     "projection_loss",
+    "quantise",
     "random_baseline",
     "read_store",
     "reconstruct",
