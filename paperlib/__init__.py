@@ -24,6 +24,7 @@ from paperlib.random_features import RandomFeatures
 from paperlib.given_features import GivenFeatures
 from paperlib.module_features import ModuleFeatures
 from paperlib.networks import ResNet, TwoLayer, VisionTransformer
+from paperlib.gradient_features import GradientFeatures
 from paperlib.min_norm import fit_min_norm
 from paperlib.training import Training, train, train_last_layer
 
@@ -70,6 +71,7 @@ __all__ = [
     "DataSet",
     "FeatureMap",
     "GivenFeatures",
+    "GradientFeatures",
     "ModuleFeatures",
     "RandomFeatures",
     "Reconstruction",
