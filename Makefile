@@ -28,7 +28,7 @@ $(shell rm -f $(STAMP))
 endif
 endif
 
-.PHONY: help install figures notebooks test lint unit-tests notebook-tests lab clean distclean
+.PHONY: help install figures notebooks test lint unit-tests notebook-tests book browser-tests lab clean distclean
 
 help: ## Show this list
 	@echo "Targets:"
@@ -62,6 +62,12 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@$(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[notebooks,test]'
 	@touch $(STAMP)
 
+# What only some targets need is installed when they are first asked for.
+$(VENV)/.installed-%: $(STAMP)
+	@echo "Installing what '$*' needs into $(VENV)"
+	@$(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$*]'
+	@touch $@
+
 figures: $(STAMP) ## Run the notebooks that changed and draw every figure
 	@$(PY) -m paperlib.run_notebooks --profile $(PROFILE) --jobs $(JOBS) $(NOTEBOOKS)
 
@@ -88,6 +94,20 @@ ifneq ($(wildcard notebooks/*.ipynb),)
 	@mkdir -p '$(TEST_FIGURES)'
 	$(TEST_ENVIRONMENT) $(PY) -m pytest $(PARALLEL) --nbval-lax --nbval-current-env notebooks/
 endif
+
+# Without Chromium they are skipped. On Debian: apt-get install chromium chromium-driver.
+browser-tests: book $(VENV)/.installed-browser ## Test notebooks and book in a browser (Chromium)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --durations 5 tests/browser
+
+# Sphinx wants everything below one folder. Times are kept: only what changed is read again.
+BOOK_SOURCES := README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE pyproject.toml \
+    notebooks figures benchmarks
+
+book: $(VENV)/.installed-book ## Make the chapters and the reference into a web site in build/book
+	@rm -rf build/book-source && mkdir -p build/book-source
+	@cp -a $(wildcard $(BOOK_SOURCES)) docs/. build/book-source/
+	$(PY) -m sphinx -W --keep-going -q -b html -d build/book-doctrees build/book-source build/book
+	@echo "Open build/book/index.html"
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --notebook-dir notebooks

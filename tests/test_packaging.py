@@ -18,7 +18,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Read by their own names in pyproject.toml, imported by others.
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
-DISTRIBUTIONS |= {"yaml": "pyyaml", "IPython": "ipykernel", "distributed": "dask"}
+DISTRIBUTIONS |= {
+    "docutils": "sphinx",
+    "yaml": "pyyaml",
+    "IPython": "ipykernel",
+    "distributed": "dask",
+}
 
 
 def names(requirements):
@@ -87,6 +92,18 @@ def test_what_tests_import_is_declared():
     modules = {canonicalize_name(path.stem) for path in (ROOT / "tests").glob("*.py")}
     for path in sorted((ROOT / "tests").glob("*.py")):
         assert imported_by(path) <= set.union(*declared()) | modules, path
+
+
+@pytest.mark.parametrize(("folder", "extra"), [("docs", "book"), ("tests/browser", "browser")])
+def test_what_only_some_targets_import_is_declared(folder, extra):
+    paths = sorted((ROOT / folder).glob("*.py"))
+    assert paths
+    own = names(PROJECT["optional-dependencies"][extra])
+    modules = {canonicalize_name(path.stem) for path in paths}
+    for path in paths:
+        assert imported_by(path) <= set.union(*declared()) | own | modules, path
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(rf"^[a-z-]+: .*\$\(VENV\)/\.installed-{extra}\b", makefile, re.MULTILINE)
 
 
 def test_citation_and_licence():
@@ -194,7 +211,8 @@ def test_environment_is_made_once_and_mended_when_broken(checkout):
 
 def test_make_help_names_every_target(checkout):
     shown = make(checkout, "help")
-    for target in ("install", "figures", "notebooks", "test", "lint", "lab", "clean", "distclean"):
+    targets = ("install", "figures", "notebooks", "test", "lint", "lab", "clean", "distclean")
+    for target in (*targets, "book", "browser-tests"):
         assert re.search(rf"make {target} +\w", shown)
     assert not (checkout / ".venv").exists()
 
