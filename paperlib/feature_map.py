@@ -41,6 +41,18 @@ class FeatureBlock(ABC):
             lifted: leave out the linear part mu_1 V x of the features.
         """
 
+    def inputs(self, X: Tensor) -> Tensor | None:
+        """What the features at X follow from by a few operations an entry, (n, h).
+
+        The inputs u_ik = v_k . x_i of the activations where there are weights; None where only
+        `linearize` gives the features.
+        """
+        return None
+
+    def activate(self, inputs: Tensor, *, lifted: bool = False) -> tuple[Tensor, Any]:
+        """The same as `linearize`, from `inputs`."""
+        raise NotImplementedError
+
     @abstractmethod
     def jvp(self, state: Any, dX: Tensor) -> Tensor:
         """Row i is J_i dx_i restricted to the block, (n, h)."""

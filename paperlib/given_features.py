@@ -12,6 +12,7 @@ from torch import Tensor
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.precision import arithmetic
 from paperlib.random_features import RandomFeatureBlock
 
 _activation = activation
@@ -56,7 +57,8 @@ class GivenFeatures(FeatureMap):
         if dtype not in self._copies:
             self._copies[dtype] = self.V.to(dtype)
         starts = range(0, self.p, self.block_rows)
-        yield from zip(starts, self._copies[dtype].split(self.block_rows), strict=True)
+        for start, rows in zip(starts, self._copies[dtype].split(self.block_rows), strict=True):
+            yield start, rows.to(arithmetic(dtype))
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; its own dtype stays."""

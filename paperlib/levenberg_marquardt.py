@@ -98,7 +98,7 @@ def levenberg_marquardt(
         solution, dX = damped_step(point, mu, forcing=forcing, max_inner=max_inner)
         trial = evaluate(to_sphere(point.X + dX))
         accepted = trial.loss < point.loss
-        out.passes += trial.passes + 2 * solution.iterations
+        out.passes += trial.passes + point.product_passes * solution.iterations
         record = {
             "step": step,
             "loss": min(trial.loss, point.loss),
@@ -114,6 +114,7 @@ def levenberg_marquardt(
             mu = max(mu * damping.shrink, damping.least)
         else:
             mu *= damping.grow
+        del trial  # a rejected one is not to wait beside the next
         losses.append(point.loss)
         if on_step is not None:
             on_step(record, point)

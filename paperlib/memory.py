@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 # The share of the free memory that the weights may take; the rest is for features and products.
 SHARE = 0.6
 
+# What stays of the activations of a block between passes (see `Linearization`).
+PRODUCTS, INPUTS, NOTHING = KEPT = ("features and slopes", "inputs", "nothing")
+
+# From this dimension on only the inputs are kept: what follows from them costs less than 5% of a
+# product with V.
+INPUTS_DIMENSION = 512
+
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
@@ -35,51 +42,132 @@ def bytes_of(dtype: torch.dtype, *shape: int) -> int:
     return total
 
 
-def stage_bytes(candidates: int, features: int, outputs: int, dtypes: list[torch.dtype]) -> int:
-    """Bytes that one Gauss-Newton model keeps beside the weights.
+def resident_formats(model: FeatureMap, formats: list[torch.dtype]) -> dict[torch.dtype, int]:
+    """The formats in which V will be resident, and the bytes still to be allocated for each.
 
-    Features and slopes, (n^, p) each, in every dtype that they are kept in; the residual and the
-    parameters, (C, p), in float32 or wider; all twice, since a trial step is evaluated before the
-    model it starts from is given up.
+    They come in order of need; one that does not fit beside the earlier is streamed: drawn again,
+    or rounded from another resident one, in every pass.
     """
-    kept = sum(2 * bytes_of(dtype, candidates, features) for dtype in dtypes)
-    return 2 * (kept + 2 * bytes_of(torch.float64, outputs, features))
+    if not hasattr(model, "keeps"):
+        return {}
+    free, found = free_bytes(model.device), {}
+    for dtype in dict.fromkeys(formats):
+        size = 0 if model.holds(dtype) else bytes_of(dtype, model.rows_held, model.d)
+        if model.keeps(dtype, free=free):
+            found[dtype] = size
+            free -= size
+    return found
+
+
+def make_room(model: FeatureMap, bulk: torch.dtype) -> None:
+    """Give V in the model's dtype up where the copy of the bulk stage does not fit beside it.
+
+    The bulk stage does nearly all of the work; the few exact passes of the finish draw V again.
+    """
+    streams = getattr(model, "placement", "resident") == "auto"
+    if streams and model.holds(model.dtype) and not model.keeps(bulk):
+        held = bytes_of(model.dtype, model.rows_held, model.d)
+        if model.keeps(bulk, free=free_bytes(model.device) + held):
+            model.release(model.dtype)
+
+
+def activation_bytes(
+    candidates: int, n: int, features: int, keep: str, own: torch.dtype, bulk: torch.dtype
+) -> int:
+    """Bytes of what the passes of a stage leave for one another, all features together.
+
+    A trial step is evaluated before the point that it starts from is given up, so that everything
+    is there twice. In the finish the trial is in the model's own dtype until it is accepted.
+
+    Args:
+        candidates: n^, in the bulk stage.
+        n: candidates of the finish.
+        features: of this process.
+        keep: "features and slopes", "inputs" or "nothing", see `Linearization`.
+        own: dtype of the model.
+        bulk: dtype of the bulk stage.
+    """
+    if keep == NOTHING:
+        return 0
+
+    def kept(dtype: torch.dtype) -> int:
+        if keep == INPUTS:
+            return bytes_of(dtype, features)
+        return 2 * bytes_of(torch.float32 if dtype == torch.float16 else dtype, features)
+
+    return max(2 * candidates * kept(bulk), n * (kept(own) + kept(bulk)))
 
 
 def predicted_bytes(
-    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype
+    model: FeatureMap,
+    candidates: int,
+    outputs: int,
+    bulk: torch.dtype,
+    *,
+    n: int | None = None,
+    keep: str = PRODUCTS,
 ) -> dict[str, int]:
     """What a reconstruction will allocate at its peak, part by part.
 
     Args:
         model: the feature map.
-        candidates: candidates of the bulk stage.
+        candidates: n^, candidates of the bulk stage.
         outputs: rows of theta.
         bulk: dtype of the bulk stage.
+        n: candidates of the finish, `candidates` if not given.
+        keep: what stays of the activations between passes, see `Linearization`.
     """
-    dtypes = [model.dtype] if bulk == model.dtype else [model.dtype, bulk]
     held = getattr(model, "rows_held", model.p)
-    parts = {"features": stage_bytes(candidates, held, outputs, dtypes)}
+    n = candidates if n is None else n
+    parts = {
+        "activations": activation_bytes(candidates, n, held, keep, model.dtype, bulk),
+        # Parameters without their linear part, and the residuals of two points.
+        "parameters": 3 * bytes_of(model.dtype, outputs, model.p),
+    }
     if hasattr(model, "keeps"):
-        parts["weights"] = sum(
-            bytes_of(dtype, held, model.d)
-            for dtype in dtypes
-            if model.keeps(dtype) and not model.holds(dtype)
-        )
-        # V^T V, its inverse and its factor in float64.
+        parts["weights"] = sum(resident_formats(model, [bulk, model.dtype]).values())
+        # V^T V, its inverse, its factor and what making them takes, in float64.
         parts["lift"] = bytes_of(torch.float64, 4, model.d, model.d)
+        # Rows being drawn, and the arrays of one tile: about six of (n^, rows) in float64.
+        drawn = bytes_of(torch.float32, 2 * min(model.block_rows, held), model.d)
+        parts["tiles"] = drawn + bytes_of(torch.float64, 6, candidates, model.tile_rows)
     return parts
 
 
+def choose_kept(
+    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype, *, n: int
+) -> str:
+    """What is to stay of the activations between passes: all that fits and is worth its memory.
+
+    Features and slopes follow from their inputs X V^T by a few operations an entry, which is
+    little beside the 2 d of a product with V where d is large; a product more is the last resort.
+    """
+    if not hasattr(model, "keeps"):
+        return PRODUCTS
+    ways = [INPUTS, NOTHING] if model.d >= INPUTS_DIMENSION else [PRODUCTS, INPUTS, NOTHING]
+    free = free_bytes(model.device)
+    for keep in ways:
+        parts = predicted_bytes(model, candidates, outputs, bulk, n=n, keep=keep)
+        if parts["activations"] <= SHARE * (free - parts["weights"]):
+            break
+    return keep
+
+
 def check_memory(
-    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype
+    model: FeatureMap,
+    candidates: int,
+    outputs: int,
+    bulk: torch.dtype,
+    *,
+    n: int | None = None,
+    keep: str = PRODUCTS,
 ) -> dict[str, int]:
     """The predicted peak, refused if it cannot fit.
 
     Raises:
         MemoryError: with the parts, what is free, and what to change.
     """
-    parts = predicted_bytes(model, candidates, outputs, bulk)
+    parts = predicted_bytes(model, candidates, outputs, bulk, n=n, keep=keep)
     free = free_bytes(model.device)
     if sum(parts.values()) > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())

@@ -11,12 +11,16 @@ L = ||E||^2 / ||Theta||^2 and dL/dx_i = -2 J_i^T (E^T alpha_i) / ||Theta||^2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
-from paperlib.feature_map import FeatureMap
+from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.lift import Lift
+from paperlib.memory import INPUTS, NOTHING, PRODUCTS
+from paperlib.precision import arithmetic
 
 # Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
 # same point (or features in a common span) then share their coefficient instead of dividing by 0.
@@ -102,6 +106,7 @@ class Linearization:
         dtype: torch.dtype | None = None,
         curvature_dtype: torch.dtype | None = None,
         curvature: bool = False,
+        keep: str = PRODUCTS,
     ):
         """Evaluate the loss and its gradient at X in two passes over the features.
 
@@ -113,10 +118,15 @@ class Linearization:
             dtype: dtype of the features, default the model's.
             curvature_dtype: dtype of the features in `product`, default `dtype`.
             curvature: keep what `product` needs.
+            keep: what stays of a block between passes, (n, h) each: "features and slopes", the
+                "inputs" X V^T that both follow from, or "nothing", at the price of another
+                product with V. A module keeps its features and linearised chunks in any case.
         """
         self.model, self.theta, self.X, self.lift = model, theta, X, lift
         self.dtype = model.dtype if dtype is None else dtype
         self.curvature_dtype = self.dtype if curvature_dtype is None else curvature_dtype
+        self.keep = keep
+        self.product_passes = 3 if keep == NOTHING else 2
         self.passes = 0
         self._forward(curvature)
         self._backward(curvature)
@@ -131,7 +141,11 @@ class Linearization:
         exact = torch.float64 if self.dtype != torch.bfloat16 else torch.float32
         self._kept = []
         for block in model.blocks(dtype=self.dtype):
-            features, state = block.linearize(self.X, lifted=lift is not None)
+            inputs = block.inputs(self.X)
+            if inputs is None:
+                features, state = block.linearize(self.X, lifted=lift is not None)
+            else:
+                features, state = block.activate(inputs, lifted=lift is not None)
             if lift:
                 cross += features @ block.weights
             wide = features.to(exact)
@@ -139,7 +153,8 @@ class Linearization:
             rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
             if curvature:
                 slope_gram += block.slope_gram(state)
-            self._kept.append((features, state))
+            kept = {PRODUCTS: (features, state), INPUTS: inputs, NOTHING: None}
+            self._kept.append(kept[PRODUCTS if inputs is None else self.keep])
         self.passes += 2 if lift else 1
         model.sum_over_processes([gram, rhs, slope_gram] + ([cross] if lift else []))
         if lift:
@@ -165,7 +180,7 @@ class Linearization:
         residual = torch.zeros_like(self.theta)
         for k, block in enumerate(model.blocks(dtype=self.dtype)):
             part = slice(block.start, block.stop)
-            features, state = self._kept[k]
+            features, state = self._reopen(k, block)
             E = self.theta[:, part] - alpha.T @ features.to(wide)
             if self.lift:
                 V = block.weights
@@ -176,14 +191,35 @@ class Linearization:
             gradient += block.vjp(state, alpha @ E)
             if not curvature:
                 self._kept[k] = None
-            elif self.curvature_dtype != self.dtype:
-                self._kept[k] = (features.to(self.curvature_dtype), state.to(self.curvature_dtype))
-        self.passes += 1
+            else:
+                self._kept[k] = self._lowered(self._kept[k])
+        self.passes += 1 if self.keep != NOTHING else 2
         model.sum_over_processes([gradient, square])
         self.residual = residual
         self.residual_square, self.total_square = square.tolist()
         self.gradient = gradient.to(self.X.dtype)
         self.loss = self.residual_square / self.total_square
+
+    def forget_curvature(self) -> None:
+        """Give up what only `product` needs: all that is as large as the features."""
+        self._kept = []
+
+    def _reopen(self, k: int, block: FeatureBlock) -> tuple[Tensor, Any]:
+        """Features of a block and the state of its Jacobian, from what was kept of it."""
+        kept = self._kept[k]
+        if isinstance(kept, tuple):
+            return kept
+        inputs = block.inputs(self.X) if kept is None else kept
+        return block.activate(inputs, lifted=self.lift is not None)
+
+    def _lowered(self, kept: Any) -> Any:
+        """What was kept of a block in the dtype of `product`."""
+        if kept is None or self.curvature_dtype == self.dtype != torch.float16:
+            return kept
+        if isinstance(kept, tuple):
+            dtype = arithmetic(self.curvature_dtype)
+            return tuple(part if part.dtype == dtype else part.to(dtype) for part in kept)
+        return kept.to(self.curvature_dtype)
 
     @property
     def loss_gradient(self) -> Tensor:
@@ -198,24 +234,28 @@ class Linearization:
             da: (n, C) step of the coefficients.
             dw: (C, d) step of the linear part, None without a lift.
         """
-        n, dtype = len(self.X), self.curvature_dtype
+        n, dtype = len(self.X), arithmetic(self.curvature_dtype)
         alpha = self.alpha.to(dtype)
         low = dX.to(dtype)
         stacked = low if dw is None else torch.cat([low, dw.to(dtype)])
         HX = torch.zeros_like(stacked, dtype=dX.dtype)
         Ha = torch.zeros_like(da)
         da_low = da.to(dtype)
-        for k, block in enumerate(self.model.blocks(dtype=dtype)):
-            features, state = self._kept[k]
+        for k, block in enumerate(self.model.blocks(dtype=self.curvature_dtype)):
+            features, state = self._reopen(k, block)
             if dw is None:
                 T = alpha.T @ block.jvp(state, low) + da_low.T @ features
                 HX += block.vjp(state, alpha @ T)
             else:
-                # The rows of dw ride along with those of dX, so that V is read once for both.
+                # The rows of dw ride along with those of dX, so that V is read once for both; and
+                # one buffer holds what goes through V and what comes back.
                 U = stacked @ block.weights.T
-                T = alpha.T @ (state * U[:n]) + da_low.T @ features + U[n:]
-                HX += torch.cat([state * (alpha @ T), T]) @ block.weights
+                T = alpha.T @ U[:n].mul_(state) + da_low.T @ features + U[n:]
+                torch.mm(alpha, T, out=U[:n])
+                U[:n].mul_(state)
+                U[n:] = T
+                HX += U @ block.weights
             Ha += (features @ T.T).to(da.dtype)
-        self.passes += 2
+        self.passes += self.product_passes
         self.model.sum_over_processes([HX, Ha])
         return HX[:n], Ha, (None if dw is None else HX[n:])

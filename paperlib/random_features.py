@@ -14,6 +14,7 @@ from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.memory import SHARE, bytes_of, free_bytes
+from paperlib.precision import arithmetic
 from paperlib.streams import stream
 
 # V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
@@ -21,6 +22,11 @@ from paperlib.streams import stream
 ROWS_PER_DRAW = 1024
 
 PLACEMENTS = ("auto", "resident", "streamed")
+
+# On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
+# of a pass finds in the cache what the first has read. On a GPU the whole block is one tile.
+TILE_BYTES = 2**23
+LEAST_TILE_ROWS = 256
 
 
 class RandomFeatures(FeatureMap):
@@ -53,7 +59,7 @@ class RandomFeatures(FeatureMap):
                 block height.
             device: where V lives; the CPU if not given.
             dtype: float32 (if not given) or float64. V is drawn in float32 in either case.
-            block_rows: rows of V used at a time, a multiple of 1024.
+            block_rows: rows of V drawn and stored at a time, a multiple of 1024.
             placement: "resident" keeps V on the device, "streamed" draws it again block by block
                 in every pass, "auto" keeps it (in each dtype that is used) if it fits into the
                 free memory.
@@ -123,23 +129,40 @@ class RandomFeatures(FeatureMap):
         """Whether V is resident in that dtype already."""
         return dtype in self._resident
 
-    def keeps(self, dtype: torch.dtype) -> bool:
-        """Whether V is (or would now be) resident in that dtype."""
+    def keeps(self, dtype: torch.dtype, *, free: int | None = None) -> bool:
+        """Whether V is (or would be, with `free` bytes of memory) resident in that dtype."""
         if dtype in self._resident:
             return True
         if self.placement != "auto":
             return self.placement == "resident"
-        return bytes_of(dtype, self.rows_held, self.d) <= SHARE * free_bytes(self.device)
+        free = free_bytes(self.device) if free is None else free
+        return bytes_of(dtype, self.rows_held, self.d) <= SHARE * free
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of V that are handed out at a time."""
+        if self.device.type != "cpu":
+            return self.block_rows
+        rows = TILE_BYTES // (bytes_of(self.dtype, self.d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
+        return min(self.block_rows, max(rows, LEAST_TILE_ROWS))
 
     def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first row, rows of V) of the blocks of this process, in order."""
+        """Pairs (first row, rows of V) of the tiles of this process, in order.
+
+        V is rounded to `dtype` and stored in it, and handed out in the format of the arithmetic
+        that goes with it: float32 for float16.
+        """
         dtype = self.dtype if dtype is None else dtype
         if dtype not in self._resident and self.keeps(dtype):
             self._resident[dtype] = [V for _, V in self._fresh_blocks(dtype)]
         if dtype in self._resident:
-            yield from zip(self.starts, self._resident[dtype], strict=True)
+            blocks = zip(self.starts, self._resident[dtype], strict=True)
         else:
-            yield from self._fresh_blocks(dtype)
+            blocks = self._fresh_blocks(dtype)
+        for first, V in blocks:
+            for tile in V.split(self.tile_rows):
+                yield first, tile.to(arithmetic(dtype))
+                first += len(tile)
 
     def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The blocks of this process, cast from V in the model's dtype or drawn."""
@@ -167,7 +190,7 @@ class RandomFeatures(FeatureMap):
         return torch.cat([V for _, V in self.weight_blocks()])
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
-        """Blocks of `block_rows` features each."""
+        """Blocks of `tile_rows` features each."""
         for start, V in self.weight_blocks(dtype=dtype):
             yield RandomFeatureBlock(start, V, self.activation, self.linear_coefficient)
 
@@ -196,7 +219,15 @@ class RandomFeatureBlock(FeatureBlock):
 
     def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
         """Features (n, h) and the slopes act'(u), (n, h), as state."""
-        U = X.to(self.weights.dtype) @ self.weights.T
+        return self.activate(self.inputs(X), lifted=lifted)
+
+    def inputs(self, X: Tensor) -> Tensor:
+        """U = X V^T, (n, h)."""
+        return X.to(self.weights.dtype) @ self.weights.T
+
+    def activate(self, inputs: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
+        """Features act(u), (n, h), and the slopes act'(u), (n, h), as state."""
+        U = inputs.to(self.weights.dtype)
         features, slope = self.activation.value(U), self.activation.slope(U)
         if lifted:
             features = features - self.linear * U

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paperlib.checks import check_count, check_positive, check_range, check_theta
 from paperlib.feature_map import FeatureMap
+from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
@@ -45,8 +46,9 @@ def reconstruct(
             PAPERLIB_PROGRESS=0 is set.
         callback: called after every step with (stage, loss, candidates).
         **options: for "levenberg-marquardt": `restarts`, `max_steps`, `oversampling`, `lift`,
-            `bulk`, `forcing` (see `second_order_options`); for "published": `learning_rate`,
-            `momentum`, `max_steps`, `relu_slope`, `restarts` (see `published_options`).
+            `bulk`, `keep`, `forcing` (see `second_order_options`); for "published":
+            `learning_rate`, `momentum`, `max_steps`, `relu_slope`, `restarts` (see
+            `published_options`).
 
     Returns:
         A `Reconstruction`. Its status claims no more than the loss and the count of numbers show.
@@ -129,6 +131,7 @@ def second_order_options(
     oversampling: float = 1.4,
     lift: bool | None = None,
     bulk: str = "auto",
+    keep: str = "auto",
     forcing: float = 0.2,
 ) -> dict[str, Any]:
     """The default solver and its options.
@@ -145,7 +148,10 @@ def second_order_options(
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.
-        bulk: arithmetic of the bulk stage: "auto", "bfloat16", "float32" or "float64".
+        bulk: arithmetic of the bulk stage: "auto", "bfloat16", "float16" (V stored in half the
+            bytes, arithmetic in float32), "float32" or "float64".
+        keep: what stays of the activations between passes: "features and slopes", the "inputs"
+            that both follow from, "nothing" (half as long again), or "auto", by what fits.
         forcing: relative residual of the inner linear solves.
     """
     from paperlib.second_order import SecondOrderSolver
@@ -154,6 +160,8 @@ def second_order_options(
     check_count("max_steps", max_steps)
     check_positive("forcing", forcing, below=1.0)
     check_range("oversampling", oversampling, least=1)
+    if keep not in ("auto", *KEPT):
+        raise ValueError(f"keep must be one of {('auto', *KEPT)}, got {keep!r}")
     if lift not in (None, True, False):
         raise TypeError(f"lift must be True, False or None, got {lift!r}")
     run = SecondOrderSolver(
@@ -167,6 +175,7 @@ def second_order_options(
         oversampling=oversampling,
         lift=lift,
         bulk=bulk,
+        keep=keep,
         forcing=forcing,
         progress=watch,
     )

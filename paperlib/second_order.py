@@ -23,7 +23,7 @@ from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
-from paperlib.memory import check_memory
+from paperlib.memory import check_memory, choose_kept, make_room
 from paperlib.precision import FLOOR, SETTLED, bulk_dtype
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
@@ -81,6 +81,7 @@ class SecondOrderSolver:
         oversampling: float,
         lift: bool | None,
         bulk: str,
+        keep: str,
         forcing: float,
         progress: Progress,
     ):
@@ -90,7 +91,10 @@ class SecondOrderSolver:
         self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
         self.bulk = bulk_dtype(model, self.candidates, bulk)
-        check_memory(model, self.candidates, len(theta), self.bulk)
+        make_room(model, self.bulk)
+        sizes = (self.candidates, len(theta), self.bulk)
+        self.keep = choose_kept(model, *sizes, n=n) if keep == "auto" else keep
+        check_memory(model, *sizes, n=n, keep=self.keep)
         self.generator = stream("candidates", seed)
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
@@ -110,8 +114,10 @@ class SecondOrderSolver:
             )
         self.progress.stage("lift the linear part")
         begun = time.perf_counter()
-        lift = Lift(model, self.theta, dtype=self.bulk)
-        self._log("lift", self.bulk, "done", math.nan, 0, 0, time.perf_counter() - begun, 0)
+        # Rounding V to float16 saves memory, not time: the lift may as well be exact.
+        dtype = self.model.dtype if self.bulk == torch.float16 else self.bulk
+        lift = Lift(model, self.theta, dtype=dtype)
+        self._log("lift", dtype, "done", math.nan, 0, 0, time.perf_counter() - begun, 0)
         return lift
 
     def solve(self) -> Attempt:
@@ -202,6 +208,7 @@ class SecondOrderSolver:
                 dtype=dtype,
                 curvature_dtype=self.bulk,
                 curvature=True,
+                keep=self.keep,
             )
 
         self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
@@ -215,6 +222,7 @@ class SecondOrderSolver:
             floor=max(self.tolerance, FLOOR[dtype]),
             on_step=lambda record, point: self.progress.step(record["loss"], point.X),
         )
+        run.point.forget_curvature()
         seconds = time.perf_counter() - begun
         for record in run.history:
             self.history.append({"restart": restart, "stage": name, **record})

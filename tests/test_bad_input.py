@@ -277,7 +277,7 @@ PUBLISHED = {"solver": "published"}
         ({"oversampling": math.inf}, ValueError, "oversampling must be .* finite, got inf"),
         ({"oversampling": "2"}, TypeError, "oversampling must be a number, got '2'"),
         ({"forcing": 1.0}, ValueError, "forcing must be above 0 and below 1.0, got 1.0"),
-        ({"bulk": "float16"}, ValueError, "bulk must be 'auto' or one of .*, got 'float16'"),
+        ({"bulk": "float8"}, ValueError, "bulk must be 'auto' or one of .*, got 'float8'"),
         ({"bulk": "float64"}, ValueError, "bulk='float64' needs a model of dtype float64"),
         ({"lift": "yes"}, TypeError, "lift must be True, False or None, got 'yes'"),
         ({**PUBLISHED, "lift": True}, TypeError, "'published' has no option 'lift': .*momentum"),

@@ -1,16 +1,25 @@
-"""Memory: predicted before the start, refused when it cannot fit."""
+"""Memory: predicted before the start, refused when it cannot fit, spent where it helps most."""
 
 import pytest
 import torch
 
 import paperlib
 from paperlib import memory
+from paperlib.lift import Lift
+from paperlib.memory import INPUTS, KEPT, NOTHING, PRODUCTS
+from paperlib.precision import bulk_dtype
+from paperlib.projection import Linearization
+
+
+def set_free(monkeypatch, size):
+    monkeypatch.setattr("paperlib.random_features.free_bytes", lambda device: size)
+    monkeypatch.setattr("paperlib.memory.free_bytes", lambda device: size)
 
 
 def test_a_reconstruction_that_cannot_fit_is_refused_before_v_is_drawn(monkeypatch):
     model = paperlib.RandomFeatures(50, 4000, placement="resident")
     theta = torch.ones(1, 4000)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
+    set_free(monkeypatch, 100_000)
     with pytest.raises(MemoryError, match=r"needs .* 100 kB are free .* placement='streamed'"):
         paperlib.reconstruct(model, theta, 3)
     assert not model.holds(torch.float32)
@@ -26,11 +35,166 @@ def test_the_prediction_counts_every_resident_copy_of_the_weights():
     assert memory.predicted_bytes(streamed, 10, 1, torch.bfloat16)["weights"] == 0
 
 
+def test_copies_are_not_promised_the_same_memory_twice(monkeypatch):
+    """Each format alone takes less than its share of 1.3 MB; both together do not fit."""
+    set_free(monkeypatch, 1_350_000)
+    model = paperlib.RandomFeatures(50, 4000)
+    assert model.keeps(torch.float32) and model.keeps(torch.float16)
+    first = memory.resident_formats(model, [torch.float32, torch.float16])
+    assert first == {torch.float32: 800_000}
+    first = memory.resident_formats(model, [torch.float16, torch.float32])
+    assert first == {torch.float16: 400_000}
+
+
 def test_auto_streams_what_does_not_fit(monkeypatch):
-    monkeypatch.setattr("paperlib.random_features.free_bytes", lambda device: 1_000_000)
+    set_free(monkeypatch, 1_000_000)
     model = paperlib.RandomFeatures(50, 4000)
     assert not model.keeps(torch.float32)  # 800 kB of 1 MB: more than its share
     assert model.keeps(torch.bfloat16)  # 400 kB
+
+
+def test_auto_stores_v_in_16_bits_where_float32_does_not_fit(monkeypatch):
+    monkeypatch.setattr("paperlib.precision.fast_bfloat16", lambda device: False)
+    monkeypatch.setattr("paperlib.precision.WORTHWHILE", 1)
+    model = paperlib.RandomFeatures(50, 4000)
+    for free, expected in ((10**7, torch.float32), (10**6, torch.float16), (10**4, torch.float32)):
+        set_free(monkeypatch, free)
+        assert bulk_dtype(model, 10) == expected
+    model.placement = "streamed"  # then storing fewer bits gains nothing
+    assert bulk_dtype(model, 10) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("free", "placement", "released"),
+    [(300_000, "auto", True), (10**6, "auto", False), (300_000, "resident", False)],
+)
+def test_the_copy_of_the_bulk_stage_comes_first(monkeypatch, free, placement, released):
+    """800 kB in float32, 400 kB in 16 bits: given up only where there is no room for both."""
+    model = paperlib.RandomFeatures(50, 4000, placement=placement)
+    list(model.weight_blocks())
+    assert model.holds(torch.float32)
+    set_free(monkeypatch, free)
+    memory.make_room(model, torch.bfloat16)
+    assert model.holds(torch.float32) != released
+
+
+def test_v_stored_in_float16_is_v_rounded_once():
+    exact = paperlib.RandomFeatures(50, 4000, placement="resident", block_rows=2048)
+    stored = paperlib.RandomFeatures(50, 4000, placement="resident", block_rows=2048)
+    tiles = list(stored.weight_blocks(dtype=torch.float16))
+    assert {V.dtype for _, V in tiles} == {torch.float32}  # widened for the product
+    assert torch.equal(torch.cat([V for _, V in tiles]), exact.V.half().float())
+    assert stored.holds(torch.float16) and not stored.holds(torch.float32)
+    kept = sum(V.numel() * V.element_size() for V in stored._resident[torch.float16])
+    assert kept == memory.predicted_bytes(stored, 3, 1, torch.float16)["weights"] / 2 == 400_000
+
+
+def test_tiles_fit_the_cache_and_cover_v():
+    for d, rows in ((100, 8192), (3072, 512), (100_000, 256)):
+        assert paperlib.RandomFeatures(d, 10_000).tile_rows == rows
+    model = paperlib.RandomFeatures(3072, 1500)
+    starts = [(first, len(V)) for first, V in model.weight_blocks()]
+    assert starts == [(0, 512), (512, 512), (1024, 476)]
+
+
+def point(keep, *, dtype=None, curvature_dtype=None, name="relu+tanh", lift=True, model_dtype=None):
+    model_dtype = model_dtype or torch.float64
+    model = paperlib.RandomFeatures(6, 2500, name, seed=2, dtype=model_dtype, block_rows=1024)
+    data = paperlib.sphere(4, 6, seed=1, dtype=model_dtype)
+    labels = torch.stack([data.y, data.y.flip(0)], 1)
+    theta = paperlib.fit_min_norm(model, data.X, labels)
+    X = paperlib.sphere(5, 6, seed=3, dtype=model_dtype).X
+    lifted = Lift(model, theta, dtype=model_dtype) if lift else None
+    return Linearization(
+        model,
+        theta if lifted is None else lifted.theta,
+        X,
+        lift=lifted,
+        dtype=dtype,
+        curvature_dtype=curvature_dtype,
+        curvature=True,
+        keep=keep,
+    )
+
+
+def product(at):
+    generator = torch.Generator().manual_seed(5)
+    new = lambda *shape: torch.randn(*shape, generator=generator).to(at.X.dtype)  # noqa: E731
+    return at.product(new(5, 6), new(5, 2), new(2, 6) if at.lift else None)
+
+
+@pytest.mark.parametrize("lift", [False, True])
+@pytest.mark.parametrize("keep", [INPUTS, NOTHING])
+def test_what_is_kept_between_passes_does_not_change_the_numbers(keep, lift):
+    full, lean = point(PRODUCTS, lift=lift), point(keep, lift=lift)
+    torch.testing.assert_close(lean.gradient, full.gradient, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(lean.slope_gram, full.slope_gram, rtol=1e-12, atol=0)
+    assert lean.loss == pytest.approx(full.loss, rel=1e-12)
+    for ours, theirs in zip(product(lean), product(full), strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+def test_products_in_16_bits_are_those_of_float32_to_their_rounding(keep, low):
+    exact = point(PRODUCTS, model_dtype=torch.float32)
+    rough = point(keep, model_dtype=torch.float32, curvature_dtype=low)
+    assert rough.loss == pytest.approx(exact.loss, rel=1e-5)  # evaluated in float32
+    rounding = {torch.float16: 2e-3, torch.bfloat16: 3e-2}[low]
+    for ours, theirs in zip(product(rough), product(exact), strict=True):
+        error = float((ours - theirs).norm() / theirs.norm())
+        assert 1e-6 < error < rounding
+    whole = point(keep, model_dtype=torch.float32, dtype=low)
+    assert whole.loss == pytest.approx(exact.loss, rel=0.05)
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_prediction_of_the_activations_is_what_is_kept(keep, dtype):
+    own = torch.float64 if dtype == torch.float64 else torch.float32
+    at = point(keep, model_dtype=own, dtype=dtype)
+    parts = [part for kept in at._kept for part in (kept if isinstance(kept, tuple) else [kept])]
+    held = sum(part.numel() * part.element_size() for part in parts if part is not None)
+    # Twice: a trial step beside the point that it starts from. No finish here: n = 0.
+    assert 2 * held == memory.activation_bytes(5, 0, 2500, keep, own, dtype)
+
+
+def test_less_is_kept_where_less_fits(monkeypatch):
+    small, large = paperlib.RandomFeatures(50, 40_000), paperlib.RandomFeatures(1024, 40_000)
+    size = 4 * 50 * 40_000  # V of the small one; 30 candidates take 19 MB twice over, inputs 10
+
+    def chosen(model, free):
+        set_free(monkeypatch, free)
+        return memory.choose_kept(model, 30, 1, torch.float32, n=20)
+
+    assert chosen(small, size + 40_000_000) == PRODUCTS
+    assert chosen(small, size + 20_000_000) == INPUTS
+    assert chosen(small, 2_000_000) == NOTHING
+    assert chosen(large, 10**10) == INPUTS  # what follows from them is cheap
+
+
+def test_an_attack_with_v_in_float16_and_exact_passes_drawn_again(monkeypatch):
+    data = paperlib.sphere(6, 40, seed=3)
+    model = paperlib.RandomFeatures(40, 6000, seed=5)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    low = paperlib.RandomFeatures(40, 6000, seed=5)
+    set_free(monkeypatch, 1_200_000)  # 960 kB in float32, 480 kB in float16
+    monkeypatch.setattr("paperlib.second_order.check_memory", lambda *sizes, **options: {})
+    found = paperlib.reconstruct(low, theta, 6, seed=1, bulk="float16", progress=False)
+    assert low.holds(torch.float16) and not low.holds(torch.float32)
+    assert {s["dtype"] for s in found.stages if s["stage"] == "bulk"} == {"float16"}
+    assert paperlib.compare(data.X, found.samples).recovered(1e-3) == 6
+    # The loss that is reported is exact: it is that of the samples under V as it was drawn.
+    assert found.explained
+    loss = float(paperlib.projection_loss(model, theta, found.samples))
+    assert found.loss == pytest.approx(loss, rel=1e-3)
+
+
+def test_an_unknown_way_of_keeping_is_an_error():
+    model = paperlib.RandomFeatures(4, 100)
+    with pytest.raises(ValueError, match="keep must be one of .*, got 'everything'"):
+        paperlib.reconstruct(model, torch.ones(1, 100), 2, keep="everything")
 
 
 @pytest.mark.parametrize(
