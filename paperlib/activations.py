@@ -15,7 +15,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from scipy import integrate, special
 from torch import Tensor
 
 
@@ -62,6 +61,8 @@ class Activation:
 
 @lru_cache(maxsize=1024)
 def _hermite_coefficient(act: Activation, r: int) -> float:
+    from scipy import integrate, special
+
     normaliser = math.sqrt(2 * math.pi) * math.exp(0.5 * special.gammaln(r + 1))
 
     def integrand(z: float) -> float:

@@ -12,18 +12,20 @@ import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from paperlib.grid import plain, to_json
 from paperlib.results import machine
+
+# Matplotlib and its company load where they draw: workers of a sweep start without them.
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 # Blue, orange, indigo, grey, maroon. Far apart with full colour vision and with each of the three
 # colour deficiencies, and at least 3 : 1 against white (WCAG 2.2, 1.4.11).
@@ -40,6 +42,8 @@ def use_style() -> None:
 
     The background is opaque white, so that a figure reads the same in print and on a dark page.
     """
+    import seaborn as sns
+
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -169,6 +173,8 @@ def image_strip(
         ValueError: when there is no picture, the rows differ in length, a label of `captions`
             is unknown, pixels lie outside [0, 1], or the labels fill the width.
     """
+    import matplotlib.pyplot as plt
+
     captions = dict(captions or {})
     rows = {label: _check_pictures(label, pictures) for label, pictures in rows.items()}
     if not rows:
@@ -280,6 +286,8 @@ def save_figure(
         ValueError: for a name that is no plain file name, an empty table, or an empty caption.
         TypeError: for provenance that JSON cannot hold.
     """
+    import pandas as pd
+
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise ValueError(f"name must be lower-case letters, digits, - and _, got {name!r}")
     if not caption.strip():

@@ -10,11 +10,15 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 from paperlib.grid import RESERVED, Cell, plain
 from paperlib.results import machine
 from paperlib.store import Claim, CorruptRecord, Store
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 # Seconds between looks at a cell that another process is running.
 POLL = 0.25
@@ -126,11 +130,9 @@ def threads_limited(threads: int | None) -> Iterator[None]:
     if threads is None:
         yield
         return
-    from threadpoolctl import threadpool_limits
-
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else None
-    with threadpool_limits(limits=threads):
+    with _thread_pools(len(sys.modules)).limit(limits=threads):
         if torch:
             torch.set_num_threads(threads)
         try:
@@ -138,3 +140,14 @@ def threads_limited(threads: int | None) -> Iterator[None]:
         finally:
             if torch:
                 torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def _thread_pools(modules: int) -> ThreadpoolController:
+    """The thread pools of the libraries that are loaded: looked up again after imports only.
+
+    Searching the process for them takes longer than all else that a cell costs beside its own time.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

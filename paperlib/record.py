@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ class Reconstruction:
     options: dict[str, Any]
     elimination_losses: list[float] = field(default_factory=list)
 
-    def history_frame(self) -> pd.DataFrame:
+    def history_frame(self) -> pandas.DataFrame:
         """The history as a data frame, a row a step."""
-        return pd.DataFrame(self.history)
+        import pandas
+
+        return pandas.DataFrame(self.history)
 
     def __str__(self) -> str:
         """One line: how many samples, the loss, and the status."""
