@@ -1,0 +1,134 @@
+"""Peak memory of an attack, predicted before it starts against measured, in a process of its own.
+
+    python benchmarks/memory.py [--steps 2] [--case NAME ...] [--out results/memory.csv]
+
+Predicted: `paperlib.memory.predicted_bytes`, what the attack allocates beside what is there when
+it is called. Measured: how far the resident memory of a child process rises above what it was at
+the call (its peak by getrusage). A few steps reach the peak as well as hundreds do; `--steps 200`
+runs the attacks to their end. V of a float32 model is not drawn before the call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import torch
+
+import paperlib
+from paperlib.memory import choose_kept, predicted_bytes
+from paperlib.precision import bulk_dtype
+from paperlib.results import machine
+
+# name: (n, d, p / (d n), placement, bulk, keep). Sizes of CIFAR-10 have d = 3072.
+CASES = {
+    "sphere, resident": (20, 100, 10.0, "resident", "auto", "auto"),
+    "many samples, features and slopes": (200, 100, 5.0, "auto", "auto", "features and slopes"),
+    "many samples, inputs": (200, 100, 5.0, "auto", "auto", "inputs"),
+    "many samples, nothing": (200, 100, 5.0, "auto", "auto", "nothing"),
+    "images, n = 10, float32": (10, 3072, 5.0, "resident", "float32", "auto"),
+    "images, n = 10, float16": (10, 3072, 5.0, "auto", "float16", "auto"),
+    "images, n = 20, p = 10 d n, streamed": (20, 3072, 10.0, "streamed", "auto", "auto"),
+}
+
+
+def current_bytes() -> int:
+    """Resident memory of this process now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux: the peak so far is the nearest there is
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure(case: str, steps: int) -> dict:
+    """One attack of a few steps, in this process."""
+    n, d, ratio, placement, bulk, keep = CASES[case]
+    p = round(ratio * n * d)
+    data = paperlib.sphere(n, d, seed=1)
+    # Trained on features that are not kept, so that the attack's own memory is what counts.
+    trainer = paperlib.RandomFeatures(d, p, seed=2, placement="streamed")
+    theta = paperlib.fit_min_norm(trainer, data.X, data.y)
+    model = paperlib.RandomFeatures(d, p, seed=2, placement=placement)
+    if bulk == "float16":  # as where V in float32 does not fit
+        model.keeps = lambda dtype, free=None: dtype == torch.float16
+    candidates = math.ceil(1.4 * n)
+    stored = bulk_dtype(model, candidates, bulk)
+    kept = choose_kept(model, candidates, 1, stored, n=n) if keep == "auto" else keep
+    parts = predicted_bytes(model, candidates, 1, stored, n=n, keep=kept)
+    before, begun = current_bytes(), time.perf_counter()
+    found = paperlib.reconstruct(
+        model, theta, n, restarts=1, max_steps=steps, bulk=bulk, keep=kept, progress=False
+    )
+    seconds = time.perf_counter() - begun
+    predicted, measured = sum(parts.values()), peak_bytes() - before
+    return {
+        "case": case,
+        "n": n,
+        "d": d,
+        "p": p,
+        "placement": placement,
+        "bulk": str(stored).removeprefix("torch."),
+        "kept": kept,
+        **{f"predicted {name} (MB)": size / 1e6 for name, size in parts.items()},
+        "predicted (MB)": predicted / 1e6,
+        "measured (MB)": measured / 1e6,
+        "measured / predicted": measured / predicted,
+        "peak of the process (MB)": peak_bytes() / 1e6,
+        "V in float32 (MB)": 4 * p * d / 1e6,
+        "steps a stage": steps,
+        "passes": found.passes,
+        "seconds": seconds,
+        "recovered (0.001)": paperlib.compare(data.X, found.samples).recovered(1e-3),
+    }
+
+
+def main() -> None:
+    """Run each case in a child, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each stage")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    cases = options.case or list(CASES)
+    if options.here:
+        print(json.dumps(measure(cases[0], options.steps)))
+        return
+    rows = []
+    for case in cases:
+        command = [sys.executable, __file__, "--here", "--case", case]
+        command += ["--steps", str(options.steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        row = json.loads(done.stdout.splitlines()[-1])
+        rows.append(row)
+        print(
+            f"{case}: predicted {row['predicted (MB)']:.0f} MB, measured "
+            f"{row['measured (MB)']:.0f} MB, whole process {row['peak of the process (MB)']:.0f} "
+            f"MB; V in float32 would be {row['V in float32 (MB)']:.0f} MB",
+            flush=True,
+        )
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        pandas.DataFrame(rows).to_csv(options.out, index=False)
+        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
