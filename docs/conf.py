@@ -7,7 +7,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from reference import write_reference  # noqa: E402 - beside this file
+from cards import write_cards  # noqa: E402 - beside this file
+from reference import write_reference  # noqa: E402
 
 PROJECT = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -54,7 +55,6 @@ html_title = "A law of data reconstruction"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_show_sphinx = False
-html_copy_source = False
 html_favicon = "_static/icon.svg"
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_theme_options = {
@@ -69,3 +69,4 @@ html_theme_options = {
 }
 
 write_reference(HERE)
+write_cards(HERE)

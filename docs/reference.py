@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+from cards import heading
+
 import paperlib
 
 # Modules in which a reader finds something that is not among the public names.
@@ -97,19 +99,19 @@ def directive(name: str, target: str) -> list[str]:
     return [f".. {name}:: {target}", *options.get(name, []), ""]
 
 
-def heading(text: str, mark: str) -> list[str]:
-    """A heading of reStructuredText."""
-    return [text, mark * len(text), ""]
-
-
 def sentence(text: str) -> str:
     """With a capital, and what stands in backticks as code."""
     return re.sub(r"`([^`]+)`", r"``\1``", text[:1].upper() + text[1:])
 
 
 def plain_docstring(app, what, name, obj, options, lines):
-    """Docstrings write |x| and (n, *shape), which are marks to reStructuredText."""
-    lines[:] = [re.sub(r"\||(?<=[( ])\*(?=\w+\))", r"\\\g<0>", line) for line in lines]
+    """Says to reStructuredText what docstrings leave to the eye.
+
+    |x| is no substitution, (n, *shape) is no emphasis, and only a name can be a link.
+    """
+    for k, line in enumerate(lines):
+        line = re.sub(r"\||(?<=[( ])\*(?=\w+\))", r"\\\g<0>", line)
+        lines[k] = re.sub(r"(?<![`:])`([^`]*[^`\w.][^`]*)`(?![`_])", r"``\1``", line)
 
 
 def setup(app):

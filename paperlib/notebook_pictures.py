@@ -30,9 +30,9 @@ def describe_pictures(notebook: NotebookNode, figures: Path) -> None:
         if not pictures:
             continue
         texts = [alternative_text(figures / f"{name}.json") for name in saved_figures(cell)]
-        texts += [caption_below(notebook.cells[k + 1 :])] * (len(pictures) - len(texts))
+        texts += [None] * (len(pictures) - len(texts))
         for output, text in zip(pictures, texts, strict=False):
-            if text:
+            if text := text or caption_below(notebook.cells[k + 1 :]):
                 output.metadata[PNG] = {**output.metadata.get(PNG, {}), "alt": text}
 
 
@@ -73,6 +73,7 @@ def caption_below(cells: list[NotebookNode]) -> str | None:
 def plain_text(markdown: str) -> str:
     """Markdown and its formulas without the marks, in one line."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    text = re.sub(r"\\[,;]|[*`$]|\{,\}(?=\d)", lambda mark: "," if "{" in mark[0] else "", text)
+    text = re.sub(r"\{,\}(?=\d)", ",", text)  # the comma of 150{,}000
+    text = re.sub(r"\\[,;]", " ", re.sub(r"[*`$]", "", text))
     text = re.sub(r"\\([A-Za-z]+)", r"\1", text)
     return " ".join(text.replace("{", "").replace("}", "").split())

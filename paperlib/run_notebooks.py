@@ -21,6 +21,7 @@ from pathlib import Path
 import nbformat
 
 from paperlib.notebook_job import Job, file_hash, library_versions, replace_file
+from paperlib.notebook_pictures import describe_pictures
 from paperlib.notebook_source import check_values, normalised
 
 PROFILES = ("quick", "laptop", "paper")
@@ -183,6 +184,7 @@ def run_all(
 def refresh(job: Job) -> bool:
     """Write the executed copy's outputs into the committed notebook; returns whether it changed."""
     executed = normalised(nbformat.read(job.executed, as_version=4))
+    describe_pictures(executed, job.figures)
     content = (nbformat.writes(executed).rstrip("\n") + "\n").encode()
     if job.notebook.read_bytes() == content:
         return False
