@@ -26,6 +26,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx-mathjax-offline",  # MathJax beside the pages: nothing is fetched when they are read
     # Beside this file.
+    "links",
     "pictures",
     "reference",
 ]

@@ -111,7 +111,14 @@ def plain_docstring(app, what, name, obj, options, lines):
     """
     for k, line in enumerate(lines):
         line = re.sub(r"\||(?<=[( ])\*(?=\w+\))", r"\\\g<0>", line)
-        lines[k] = re.sub(r"(?<![`:])`([^`]*[^`\w.][^`]*)`(?![`_])", r"``\1``", line)
+        lines[k] = re.sub(r"(?<!:)(`+)(.+?)\1(?![`_])", literal_unless_name, line)
+
+
+def literal_unless_name(span):
+    """What stands between backticks, in the marks of reStructuredText."""
+    ticks, text = span.groups()
+    is_name = len(ticks) == 1 and re.fullmatch(r"[\w.]+", text)
+    return span[0] if is_name else f"``{text}``"
 
 
 def setup(app):
