@@ -38,6 +38,10 @@ from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.releases import combine_releases, release_spectrum
 
+# The audit of a model of your own, from its checkpoints.
+from paperlib.audit import Audit, audit
+from paperlib.protections import protections
+
 # The verdict: samples matched with the data, and the three errors of the paper.
 from paperlib.compare import Comparison, compare, random_baseline
 
@@ -67,6 +71,7 @@ from paperlib.results import export_results, read_store
 __all__ = [
     "PALETTE",
     "Activation",
+    "Audit",
     "Comparison",
     "DataSet",
     "FeatureMap",
@@ -82,6 +87,7 @@ __all__ = [
     "VisionTransformer",
     "activation",
     "activation_names",
+    "audit",
     "check_parameters",
     "cifar10",
     "combine_releases",
@@ -100,6 +106,7 @@ __all__ = [
     "parameter_jacobian",
     "photographs",
     "projection_loss",
+    "protections",
     "quantise",
     "random_baseline",
     "read_store",

@@ -1,0 +1,456 @@
+"""`audit`: can the training data be read back from this model, given as it was and as it is?
+
+Everything follows from the last layer: how many numbers it holds beside how many the data hold
+(the law), and what the attack finds. No labels and no data are needed. Where the layers below moved
+while they were trained, not even the data explain the parameters, and a loss above zero says little
+of a sample; so there the attack is run twice. Independent starts hardly ever meet but at what the
+parameters point to, and a sample counts as confirmed if both find it. What the parameters point to
+is the data, blurred by how far the features moved: how much, only the data themselves tell.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from paperlib.checkpoints import check_states_fit, load_state_dict
+from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
+from paperlib.compare import Comparison, compare
+from paperlib.elimination import removal_costs
+from paperlib.identifiability import least_parameters
+from paperlib.last_layer import (
+    InputsOfAnyNorm,
+    LastLayerInput,
+    check_last_layer,
+    is_homogeneous,
+)
+from paperlib.module_features import ModuleFeatures
+from paperlib.projection import Linearization, projection_loss
+from paperlib.reconstruct import independent_rows, reconstruct
+from paperlib.record import Reconstruction
+from paperlib.sample_count import SampleCount, estimate_sample_count
+from paperlib.sphere import random_on_sphere
+from paperlib.streams import stream
+
+# Two attacks found the same sample when their candidates are this close, relative to their norm.
+SAME = 0.2
+
+# The most candidates tried when the number of samples has to be estimated: each costs an attack.
+MOST = 12
+
+# Where the last sample is added the loss falls by orders of magnitude: rounding is not needed.
+COUNTED = 1e-6
+
+# Rows of theta that depend on the others up to the rounding of stored weights add nothing.
+INDEPENDENT = 1e-4
+
+State = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """What the last layer of a model gives away.
+
+    Attributes:
+        last_layer: its name.
+        p: features it reads.
+        outputs: C, its rows.
+        independent: rank of theta, at most C: what counts, C' below. (Under cross-entropy the
+            outputs of a softmax move by sums that cancel: the rank is C - 1.)
+        d: numbers in one input.
+        d_searched: d + 1 where the norms of the inputs are unknown and can be read, else d.
+        readable: the law: the most samples that theta can determine, C' p / (d - 1 + C') with
+            the d that is searched. An attack of this kind needs three to five times fewer.
+        n: number of samples attacked; None where nothing was.
+        count: how n was estimated; None if it was given.
+        moved: ||W(T) - W(0)|| / ||W(0)|| of the last layer.
+        body_moved: the same for all parameters below it; 0 if only the last layer was trained.
+        samples: (n, *input_shape), what was read back; None where nothing was attacked.
+        confirmed: (n,) which of them are confirmed; see `verdict`.
+        shares: (n,) how much the loss rises without each sample: those with a small one are found
+            last and hidden first.
+        record: of the attack.
+        comparison: with the data, if they were given; errors relative to the mean norm.
+        residual_at_truth: projection loss at the data, if they were given.
+        features: what was attacked, the input of the last layer as a feature map.
+        theta: (C, p), W(T) - W(0).
+        start: (C, p), W(0).
+        options: how the audit was called.
+    """
+
+    last_layer: str
+    p: int
+    outputs: int
+    independent: int
+    d: int
+    d_searched: int
+    readable: int
+    n: int | None
+    count: SampleCount | None
+    moved: float
+    body_moved: float
+    samples: Tensor | None
+    confirmed: Tensor | None
+    shares: Tensor | None
+    record: Reconstruction | None
+    comparison: Comparison | None
+    residual_at_truth: float | None
+    features: ModuleFeatures
+    theta: Tensor
+    start: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """C p, which the paper compares with d n."""
+        return self.outputs * self.p
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a word or three.
+
+        - "read back": samples explain the parameters, which hold more numbers than the data.
+        - "agreed on", "partly agreed on": they are not explained (no data would, after layers
+          below moved), and two independent attacks found the same samples, all or some.
+        - "not found": two attacks found different samples.
+        - "not determined": n is more than `readable`, other data explain the parameters as well.
+          That says nothing about attackers who know more than the parameters of this layer.
+        - "not attacked": n was neither given nor possible to estimate.
+        """
+        if self.n is None:
+            return "not determined" if self.readable == 0 else "not attacked"
+        if self.record is None:
+            return "not determined"
+        if self.record.explained and self.record.identifiable:
+            return "read back"
+        found = int(self.confirmed.sum())
+        if found == self.n:
+            return "agreed on"
+        return "partly agreed on" if found else "not found"
+
+    def pictures(self, image_shape: Sequence[int]) -> np.ndarray:
+        """The samples as grey or colour pictures in [0, 1], brightness stretched to 1% .. 99%.
+
+        Args:
+            image_shape: (H, W), (H, W, 3) or, as torch has it, (1, H, W) or (3, H, W).
+
+        Raises:
+            ValueError: if nothing was read back, or the shape does not fit.
+        """
+        if self.samples is None:
+            raise ValueError(f"nothing was read back: {self.verdict}")
+        return stretch(self.samples, image_shape)
+
+    def __str__(self) -> str:
+        """The answer in words, with its numbers."""
+        return "\n".join(_in_words(self))
+
+    def __repr__(self) -> str:
+        """The verdict."""
+        return f"Audit({self.last_layer!r}, n = {self.n}: {self.verdict})"
+
+
+def audit(
+    module: nn.Module,
+    before: State,
+    after: State,
+    *,
+    last_layer: str,
+    input_shape: int | Sequence[int],
+    n: int | None = None,
+    most: int | None = None,
+    radius: float | None = None,
+    data: Tensor | None = None,
+    seed: int = 0,
+    restarts: int = 3,
+    max_steps: int = 100,
+    tolerance: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Audit:
+    """Attack a model through its last layer, and say what came of it.
+
+    Args:
+        module: the architecture; its own weights do not matter. It is copied, and evaluated as
+            `module.eval()`. Batch normalisation and dropout make features of training differ from
+            those of evaluation: they count as features that moved.
+        before: state dictionary at the start of training, or the path of a checkpoint.
+        after: the same at the end.
+        last_layer: name of its last `torch.nn.Linear`, as in `module.named_modules()`. What comes
+            after it may not have parameters. Its bias is left out.
+        input_shape: shape of one input, without the batch.
+        n: number of training samples, or a guess. If None it is estimated, which is possible
+            only where the layers below did not move; otherwise nothing is attacked.
+        most: largest n to consider when it is estimated; if None 12, or `readable` if that is
+            less. An estimate costs several attacks with that many candidates.
+        radius: norm of every input, where all have the same; None to search for norms as well.
+            Where features do not show the norm (a ReLU network without biases) directions alone
+            are found, and come back with norm sqrt(d).
+        data: (n, *input_shape) the training inputs, to judge the attack; it never sees them.
+        seed: of the random candidates.
+        restarts: most starts of each of the two attacks.
+        max_steps: most steps in one stage of one start.
+        tolerance: projection loss at which the parameters count as explained, by default
+            that of `reconstruct`.
+        device: where to compute, the CPU if None.
+        dtype: float32 (if None) or float64.
+        progress: as in `reconstruct`.
+
+    Returns:
+        An `Audit`; print it.
+
+    Raises:
+        TypeError: for a module or tensors of the wrong kind.
+        ValueError: for checkpoints that do not fit, a last layer that is none, two equal states,
+            or features that `ModuleFeatures` refuses.
+        FileNotFoundError: for a path where nothing is.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+    shape = tuple(check_count("input_shape", size) for size in shape)
+    d = math.prod(shape)
+    n = None if n is None else check_count("n", n)
+    if radius is not None:
+        radius = check_positive("radius", radius)
+    device, dtype = check_device(device), check_dtype(dtype)
+    states = {"before": load_state_dict(before), "after": load_state_dict(after)}
+    check_states_fit(module, states)
+    trained = deepcopy(module).to(device, dtype).eval().requires_grad_(False)
+    trained.load_state_dict(states["after"])
+
+    probe = random_on_sphere(3, d, generator=stream("audit", 0)).to(device, dtype)
+    check_last_layer(trained, last_layer, probe.reshape(-1, *shape))
+    start, end = (states[k][f"{last_layer}.weight"].to(device, dtype) for k in states)
+    theta = end - start
+    if not bool((theta != 0).any()):
+        raise ValueError(
+            f"the weights of {last_layer!r} are the same before and after: it was not trained, or "
+            "the same checkpoint was given twice"
+        )
+    body = LastLayerInput(trained, last_layer)
+    if radius is None and is_homogeneous(body, probe.reshape(-1, *shape)):
+        radius = math.sqrt(d)
+    inputs = InputsOfAnyNorm(body, shape, radius=radius)
+    features = ModuleFeatures(inputs, inputs.d, device=device, dtype=dtype, seed=seed)
+    rank = independent_rows(theta, cutoff=INDEPENDENT)
+    known = {
+        "last_layer": last_layer,
+        "p": features.p,
+        "outputs": len(theta),
+        "independent": rank,
+        "d": d,
+        "d_searched": inputs.d,
+        "readable": most_readable(features.p, inputs.d, rank),
+        "moved": _moved(states, [f"{last_layer}.weight"]),
+        "body_moved": _moved(
+            states,
+            [k for k, _ in module.named_parameters() if not k.startswith(f"{last_layer}.")],
+        ),
+        "features": features,
+        "theta": theta,
+        "start": start,
+    }
+    search = {
+        "seed": seed,
+        "restarts": restarts,
+        "max_steps": max_steps,
+        "tolerance": tolerance,
+        "progress": progress,
+    }
+    count = None
+    if n is None and known["body_moved"] == 0 and known["readable"]:
+        most = min(known["readable"], MOST) if most is None else check_count("most", most)
+        options = search | {"tolerance": max(COUNTED, tolerance or 0)}
+        count = estimate_sample_count(features, theta, most=most, **options)
+        n = count.n
+    found = _attack(features, theta, n, known["readable"], search)
+    if found["record"] is not None:
+        found["samples"] = inputs.inputs(found["record"].samples)
+    return Audit(
+        **known,
+        **found,
+        **_judge(data, found["samples"], body, theta, shape, features),
+        n=n,
+        count=count,
+        options=search | {"radius": radius, "input_shape": list(shape)},
+    )
+
+
+def most_readable(p: int, d: int, outputs: int) -> int:
+    """The most samples n that C outputs of p features determine: the law, solved for n.
+
+    T = min(C, n) vectors count, T p >= n (d - 1) + n T; see `least_parameters`.
+    """
+    most = outputs * p // (d - 1 + outputs)
+    return most if most >= outputs else max(0, min(outputs, p - d + 1))
+
+
+def _attack(
+    features: ModuleFeatures, theta: Tensor, n: int | None, readable: int, search: dict[str, Any]
+) -> dict[str, Any]:
+    """The better of two independent attacks, and which of its samples are confirmed."""
+    nothing = dict.fromkeys(("record", "samples", "confirmed", "shares"))
+    if n is None or n > readable:
+        return nothing
+    record = reconstruct(features, theta, n, **search)
+    if record.explained and record.identifiable:
+        confirmed = torch.ones(n, dtype=torch.bool)
+    else:
+        other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
+        if other.loss < record.loss:
+            record, other = other, record
+        confirmed = close_rows(record.samples, other.samples)
+    point = Linearization(features, theta, record.samples)
+    shares = removal_costs(point.gram_inverse, point.alpha) / point.total_square
+    return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+
+
+def close_rows(A: Tensor, B: Tensor, *, tolerance: float = SAME) -> Tensor:
+    """Which rows of A have a row of B within `tolerance` of their norm, (n,) of bool."""
+    distances = torch.cdist(A.double(), B.double()).amin(1)
+    return (distances <= tolerance * torch.linalg.vector_norm(A.double(), dim=1)).cpu()
+
+
+def stretch(samples: Tensor, image_shape: Sequence[int]) -> np.ndarray:
+    """Rows as pictures in [0, 1], (n, H, W) or (n, H, W, 3); 1% of the pixels at either end."""
+    shape = tuple(check_count("image_shape", size) for size in image_shape)
+    rows = samples.detach().cpu().double().flatten(1).numpy()
+    if math.prod(shape) != rows.shape[1] or len(shape) not in (2, 3):
+        raise ValueError(
+            f"image_shape must be (H, W), (H, W, 3), (1, H, W) or (3, H, W) with {rows.shape[1]} "
+            f"pixels in all, got {shape}"
+        )
+    low, high = np.quantile(rows, [0.01, 0.99])
+    pictures = np.clip((rows - low) / max(high - low, 1e-12), 0, 1).reshape(-1, *shape)
+    if len(shape) == 3 and shape[0] == 1:
+        return pictures[:, 0]
+    return pictures.transpose(0, 2, 3, 1) if len(shape) == 3 and shape[0] == 3 else pictures
+
+
+def _judge(
+    data: Tensor | None,
+    samples: Tensor | None,
+    body: nn.Module,
+    theta: Tensor,
+    shape: tuple[int, ...],
+    features: ModuleFeatures,
+) -> dict[str, Any]:
+    """What the true inputs leave unexplained, and how close the samples come to them."""
+    nothing = {"comparison": None, "residual_at_truth": None}
+    if data is None:
+        return nothing
+    if not isinstance(data, Tensor) or not data.dtype.is_floating_point:
+        raise TypeError("data must be a tensor of floating-point numbers")
+    if data.ndim != len(shape) + 1 or tuple(data.shape[1:]) != shape or len(data) == 0:
+        raise ValueError(
+            f"data must have shape (n, {', '.join(map(str, shape))}), got {tuple(data.shape)}"
+        )
+    rows = check_finite("data", data).to(features.device, features.dtype).flatten(1)
+    own = ModuleFeatures(body, shape)
+    residual = float(projection_loss(own, theta, rows))
+    if samples is None:
+        return nothing | {"residual_at_truth": residual}
+    found = samples.flatten(1)
+    unit = math.sqrt(rows.shape[1])
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if features.d == rows.shape[1]:  # norms were not searched for: directions are compared
+        rows = rows * (unit / norms)
+        found = found * (unit / torch.linalg.vector_norm(found, dim=1, keepdim=True))
+    else:
+        rows, found = rows * (unit / norms.mean()), found * (unit / norms.mean())
+    return {"comparison": compare(rows, found), "residual_at_truth": residual}
+
+
+def _moved(states: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> float:
+    """||after - before|| / ||before|| over these tensors; 0 for none."""
+    before, after = (
+        torch.cat([state[name].double().flatten() for name in names]) if names else torch.zeros(1)
+        for state in states.values()
+    )
+    size = float(before.norm())
+    change = float((after - before).norm())
+    return change / size if size else (math.inf if change else 0.0)
+
+
+def _in_words(found: Audit) -> list[str]:
+    rows = "" if found.outputs == 1 else f"{found.outputs:,} x "
+    lines = [
+        f"last layer    {found.last_layer!r}: {rows}{found.p:,} = {found.parameters:,} parameters, "
+        f"moved by {found.moved:.2g} of their norm"
+    ]
+    if found.independent < found.outputs:
+        lines.append(f"              {found.independent} of its {found.outputs} rows independent")
+    norms = "of unknown norm" if found.d_searched > found.d else "known but for their norm"
+    lines.append(
+        f"layers below  moved by {found.body_moved:.2g} of their norm"
+        + ("" if found.body_moved else ": the last layer holds sums of features exactly")
+    )
+    lines.append(
+        f"the law       inputs of {found.d:,} numbers, {norms}: at most {found.readable:,} samples "
+        "are determined"
+    )
+    if found.n is not None:
+        ratio = found.parameters / (found.d * found.n)
+        origin = "given" if found.count is None else f"estimated, {found.count}"
+        lines.append(
+            f"samples       n = {found.n:,} ({origin}): {ratio:.3g} parameters for each "
+            "number in the data"
+        )
+    if found.record is not None:
+        lines.append(
+            f"attack        projection loss {found.record.loss:.1e}: "
+            + (
+                "explained"
+                if found.record.explained
+                else f"not explained; {int(found.confirmed.sum())} of {found.n} samples found "
+                "again from other random candidates"
+            )
+        )
+    lines.append(f"verdict       {found.verdict}: {_meaning(found)}")
+    if found.comparison is not None:
+        result = found.comparison
+        lines.append(
+            f"the data      {result.recovered(SAME)} of {result.n} within {SAME:g} of their norm, "
+            f"mean error {result.signed_error:.2g}; they leave {found.residual_at_truth:.1e} "
+            "unexplained"
+        )
+    if found.n is not None and found.record is not None:
+        least = least_parameters(found.n, found.d_searched, found.independent)
+        lines.append(
+            f"stopped by    fewer than {least:,} features in place of {found.p:,}, or more than "
+            f"{found.readable:,} samples; `paperlib.protections` tries noise and rounding"
+        )
+    return lines
+
+
+def _meaning(found: Audit) -> str:
+    verdict = found.verdict
+    if verdict == "read back":
+        return "these samples explain the parameters: they are expected to be the training data"
+    if verdict.endswith("agreed on"):
+        return (
+            f"two attacks from independent starts agree on {int(found.confirmed.sum())} of "
+            f"{found.n} samples; they are the training data up to a blur, larger the further the "
+            "layers below moved"
+        )
+    if verdict == "not found":
+        return (
+            "the numbers would allow it, this attack did not find them; more restarts, or another "
+            "attack, may"
+        )
+    if verdict == "not attacked":
+        return "how many samples there are cannot be estimated where the layers below moved: give n"
+    return (
+        "other data explain these parameters as well; that says nothing of attackers who know "
+        "more, or hold several releases"
+    )

@@ -1,0 +1,305 @@
+"""The audit against its definitions, on networks small enough to train in a moment."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from paperlib import least_parameters, projection_loss, to_sphere
+from paperlib.audit import audit, close_rows, most_readable, stretch
+from paperlib.last_layer import InputsOfAnyNorm, LastLayerInput, is_homogeneous
+from paperlib.module_features import Tangents
+from paperlib.protections import protections
+
+D, WIDTH, C, N = 6, 120, 3, 3
+QUICK = {"restarts": 1, "max_steps": 60, "tolerance": 1e-12, "progress": False}
+
+
+def network(bias=True, dtype=torch.float64):
+    torch.manual_seed(1)
+    layers = nn.Linear(D, WIDTH, bias=bias), nn.GELU(), nn.Linear(WIDTH, C)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def inputs(n=N):
+    X = to_sphere(torch.randn(n, D, generator=torch.Generator().manual_seed(2)).double())
+    return X * torch.linspace(0.7, 1.4, n, dtype=X.dtype)[:, None]
+
+
+def clone(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def train(module, X, parameters, steps=300, learning_rate=0.1):
+    """States before and after plain gradient descent on the cross-entropy."""
+    before = clone(module)
+    optimiser = torch.optim.SGD(parameters, lr=learning_rate)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(module(X), torch.arange(len(X)) % C).backward()
+        optimiser.step()
+    return before, clone(module)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The last layer alone was trained: theta is a sum of features."""
+    torch.manual_seed(0)
+    module, X = network(), inputs()
+    before, after = train(module, X, module[2].parameters())
+    found = audit(
+        module,
+        before,
+        after,
+        last_layer="2",
+        input_shape=D,
+        n=N,
+        data=X,
+        dtype=torch.float64,
+        **QUICK,
+    )
+    return module, X, before, after, found
+
+
+def test_inputs_of_any_norm_are_read_back_exactly(exact):
+    _, X, _, _, found = exact
+    assert found.verdict == "read back" and found.record.explained
+    assert found.samples.shape == (N, D) and bool(found.confirmed.all())
+    assert float(torch.cdist(X, found.samples).min(1).values.max()) < 1e-6
+    assert found.comparison.recovered() == N
+    assert found.body_moved == 0 and found.residual_at_truth < 1e-20
+    assert found.moved == pytest.approx(
+        float((exact[3]["2.weight"] - exact[2]["2.weight"]).norm() / exact[2]["2.weight"].norm())
+    )
+
+
+def test_the_count_is_that_of_the_law(exact):
+    found = exact[-1]
+    # Rows of a softmax layer move by sums that cancel.
+    assert found.independent == C - 1 and found.d_searched == D + 1
+    assert found.readable == (C - 1) * WIDTH // (D + C - 1)
+    assert found.parameters == C * WIDTH
+
+
+@pytest.mark.parametrize(("p", "d", "outputs"), [(50, 9, 1), (50, 9, 4), (12, 9, 7), (8, 9, 3)])
+def test_readable_is_the_law_solved_for_n(p, d, outputs):
+    fits = [n for n in range(1, 200) if least_parameters(n, d, outputs) <= p]
+    assert most_readable(p, d, outputs) == max(fits, default=0)
+
+
+def test_the_answer_is_in_words(exact):
+    text = str(exact[-1])
+    for part in ("'2': 3 x 120 = 360 parameters", "2 of its 3 rows", "n = 3 (given)", "read back"):
+        assert part in text
+    assert f"fewer than {least_parameters(N, D + 1, C - 1)} features" in text
+    assert repr(exact[-1]) == "Audit('2', n = 3: read back)"
+
+
+def test_no_data_are_needed_and_none_are_used(exact):
+    module, _, before, after, found = exact
+    alone = audit(
+        module, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
+    )
+    assert torch.equal(alone.samples, found.samples)
+    assert alone.comparison is None and alone.residual_at_truth is None
+
+
+def test_the_number_of_samples_is_estimated(exact):
+    module, _, before, after, _ = exact
+    found = audit(
+        module,
+        before,
+        after,
+        last_layer="2",
+        input_shape=D,
+        most=5,
+        dtype=torch.float64,
+        **QUICK,
+    )
+    assert found.n == N and found.count.jump > 1e3 and "estimated" in str(found)
+    assert found.verdict == "read back"
+
+
+def test_weights_of_the_given_module_do_not_matter_and_are_left_alone(exact):
+    _, X, before, after, found = exact
+    other = network()
+    nn.init.zeros_(other[0].weight)
+    other.train()
+    again = audit(
+        other, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
+    )
+    assert torch.equal(again.samples, found.samples)
+    assert other.training and not bool(other[0].weight.any())
+    assert not other[2]._forward_pre_hooks and not other[2]._forward_hooks
+
+
+def test_when_all_layers_move_two_attacks_agree_on_what_is_near_the_data():
+    module, X = network(), inputs()
+    before, after = train(module, X, module.parameters(), steps=100, learning_rate=0.05)
+    found = audit(
+        module, before, after, last_layer="2", input_shape=D, n=N, data=X, dtype=torch.float64,
+        **QUICK,
+    )  # fmt: skip
+    assert found.body_moved > 0 and found.residual_at_truth > 1e-6
+    assert not found.record.explained and found.verdict == "agreed on"
+    assert found.record.loss < found.residual_at_truth
+    assert found.comparison.recovered(0.2) == N
+    unknown = audit(module, before, after, last_layer="2", input_shape=D, dtype=torch.float64)
+    assert unknown.verdict == "not attacked" and unknown.record is None and "give n" in str(unknown)
+
+
+def test_more_samples_than_are_determined_are_not_attacked(exact):
+    module, X, before, after, found = exact
+    beyond = audit(
+        module, before, after, last_layer="2", input_shape=D, n=found.readable + 1, data=X,
+        dtype=torch.float64,
+    )  # fmt: skip
+    assert beyond.verdict == "not determined" and beyond.samples is None
+    assert "other data explain" in str(beyond) and beyond.residual_at_truth < 1e-20
+    with pytest.raises(ValueError, match="nothing was read back"):
+        beyond.pictures((2, 3))
+    with pytest.raises(ValueError, match="nothing to protect"):
+        protections(beyond)
+
+
+def test_norms_that_leave_no_trace_are_not_searched_for():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(D, 200, bias=False), nn.ReLU(), nn.Linear(200, C)).double()
+    X = inputs()
+    before, after = train(module, X, module[2].parameters())
+    found = audit(
+        module, before, after, last_layer="2", input_shape=D, n=N, data=X, dtype=torch.float64,
+        **QUICK,
+    )  # fmt: skip
+    assert found.d_searched == D and found.comparison.recovered() == N
+    norms = torch.linalg.vector_norm(found.samples, dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(D)))
+
+
+def test_the_last_layer_reads_the_same_as_the_layers_below_give():
+    module, X = network(), inputs()
+    reader = LastLayerInput(module, "2")
+    assert torch.equal(reader(X), module[:2](X))
+    W = torch.randn(N, WIDTH, dtype=X.dtype)
+    ours, theirs = (Tangents(f, X) for f in (reader, module[:2]))
+    torch.testing.assert_close(ours.vjp(W), theirs.vjp(W))
+    torch.testing.assert_close(ours.jvp(X), theirs.jvp(X))
+    J = torch.func.vmap(torch.func.jacrev(lambda x: reader(x[None])[0]))(X)
+    torch.testing.assert_close(torch.einsum("ikd,id->ik", J, X), ours.jvp(X))
+
+
+def test_rows_on_the_sphere_stand_for_inputs_of_any_norm():
+    free = InputsOfAnyNorm(nn.Identity(), (2, 3), radius=None)
+    Z = torch.tensor([[1.0, 2, 0, 0, 0, 2, 0], [1, 2, 0, 0, 0, 2, 1.5]], dtype=torch.float64)
+    x = free.inputs(Z).flatten(1)
+    assert free.inputs(Z).shape == (2, 2, 3)
+    torch.testing.assert_close(x[0] / x[0].norm(), Z[0, :6] / 3)
+    assert float(x[0].norm()) == pytest.approx(math.sqrt(6))
+    assert float(x[1].norm()) == pytest.approx(math.sqrt(6) * math.exp(0.45))
+    fixed = InputsOfAnyNorm(nn.Identity(), (6,), radius=5.0)
+    assert fixed.d == 6 and float(fixed.inputs(Z[:1, :6]).norm()) == pytest.approx(5)
+
+
+def test_homogeneous_features_are_told():
+    assert is_homogeneous(nn.Sequential(nn.Linear(4, 9, bias=False), nn.ReLU()), torch.randn(3, 4))
+    assert not is_homogeneous(nn.Sequential(nn.Linear(4, 9), nn.ReLU()), torch.randn(3, 4))
+
+
+def test_noise_hides_and_rounding_does_not(exact):
+    table = protections(exact[-1], noise=[3.0], formats=["float16"], restarts=1, progress=False)
+    rows = table.set_index("protection")
+    assert rows.loc["none", "found"] == N and rows.loc["none", "spoilt"] < 1e-15
+    assert rows.loc["float16", "found"] == N and rows.loc["float16", "spoilt"] < 0.01
+    assert rows.loc["noise of 3", "found"] < N
+    assert rows.loc["noise of 3", "spoilt"] == pytest.approx(3, rel=0.2)
+    theta = exact[-1].theta + (exact[-1].start + exact[-1].theta).half().double()
+    theta = theta - exact[-1].start - exact[-1].theta
+    spoilt = float((theta - exact[-1].theta).norm() / exact[-1].theta.norm())
+    assert rows.loc["float16", "spoilt"] == pytest.approx(spoilt)
+    truth = projection_loss(exact[-1].features, theta, exact[-1].record.samples)
+    assert rows.loc["float16", "loss"] <= float(truth) * (1 + 1e-6)
+    for wrong in ({"noise": [0.0]}, {"formats": ["int3"]}):
+        with pytest.raises(ValueError, match="noise must|formats must"):
+            protections(exact[-1], **wrong)
+
+
+def test_rows_that_recur():
+    A = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    B = torch.tensor([[3.0, 4.9], [1.0, 0.0]])
+    assert close_rows(A, B).tolist() == [True, False]
+
+
+def test_pictures(exact):
+    pictures = exact[-1].pictures((2, 3))
+    assert pictures.shape == (N, 2, 3) and pictures.min() == 0 and pictures.max() == 1
+    assert stretch(torch.randn(2, 12), (1, 3, 4)).shape == (2, 3, 4)
+    assert stretch(torch.randn(2, 12), (3, 2, 2)).shape == (2, 2, 2, 3)
+    with pytest.raises(ValueError, match="6 pixels in all"):
+        exact[-1].pictures((2, 2))
+
+
+# What a user does wrong
+
+
+class Twice(nn.Module):
+    """A network whose last layer is used in a way of its own."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.body, self.head, self.way = nn.Linear(D, D), nn.Linear(D, D), way
+        if way == "tied":
+            self.head.weight = self.body.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        if self.way == "twice":
+            return self.head(torch.tanh(self.head(h)))
+        return self.head(torch.stack([h, -h], dim=1)) if self.way == "tokens" else self.head(h)
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "message"),
+    [
+        (network, "9", "last_layer '9' is not there: linear layers are '0', '2'"),
+        (network, "1", "must be a torch.nn.Linear, got GELU"),
+        (network, "0", "not the end of the module: '2' with parameters"),
+        (lambda: Twice("twice"), "head", "called once for each input, got 2"),
+        (lambda: Twice("tied"), "head", "used in two places"),
+        (lambda: Twice("tokens"), "head", r"one row of 6 features .* got \(3, 2, 6\)"),
+    ],
+)
+def test_layers_that_are_no_last_layer_are_refused(make, layer, message):
+    before, after = clone(make()), clone(make())
+    after[next(iter(after))] += 1
+    for key in after:
+        after[key] = after[key] + 0.01
+    with pytest.raises(ValueError, match=message):
+        audit(make(), before, after, last_layer=layer, input_shape=D, n=2)
+
+
+def test_equal_states_are_refused(exact):
+    module, _, before, _, _ = exact
+    with pytest.raises(ValueError, match="the same before and after"):
+        audit(module, before, before, last_layer="2", input_shape=D, n=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n must be at least 1"),
+        ({"radius": -1.0}, ValueError, "radius must be above 0"),
+        ({"input_shape": 0}, ValueError, "input_shape must be at least 1"),
+        ({"input_shape": 5}, ValueError, r"does not take inputs of shape \(5\): mat1 and mat2"),
+        ({"data": torch.ones(2, 5)}, ValueError, r"shape \(n, 6\), got \(2, 5\)"),
+        ({"data": [1.0]}, TypeError, "data must be a tensor"),
+        ({"before": "nowhere.pt"}, FileNotFoundError, "no checkpoint at nowhere.pt"),
+        ({"module": "net"}, TypeError, "torch.nn.Module, got str"),
+    ],
+)
+def test_other_bad_input_is_refused(exact, options, error, message):
+    module, _, before, after, found = exact
+    given = {"module": module, "before": before, "after": after, "last_layer": "2"}
+    given |= {"input_shape": D, "n": found.readable + 1} | options
+    with pytest.raises(error, match=message):
+        audit(**given)

@@ -1,0 +1,138 @@
+"""Checkpoints: what is read, and what is refused before it can do harm."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from paperlib.checkpoints import check_states_fit, load_state_dict, module_from
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def same(state, expected):
+    return state.keys() == expected.keys() and all(
+        torch.equal(state[k], expected[k]) for k in state
+    )
+
+
+def test_files_and_dictionaries_hold_the_same_tensors(tmp_path):
+    state = network().state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({"epoch": 3, "model_state_dict": state}, tmp_path / "b.ckpt")
+    save_file(state, tmp_path / "c.safetensors")
+    for source in ("a.pt", "b.ckpt", "c.safetensors"):
+        assert same(load_state_dict(tmp_path / source), state)
+        assert same(load_state_dict(str(tmp_path / source)), state)
+    assert same(load_state_dict(state), state)
+
+
+@pytest.mark.parametrize("format", ["torch", "pickle"])
+def test_pickled_objects_are_refused_and_not_run(tmp_path, format):
+    path, trap = tmp_path / "evil.pt", tmp_path / "trap"
+    content = {"0.weight": torch.ones(2), "extra": Trap(trap)}
+    if format == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="pickled objects"):
+        load_state_dict(path)
+    assert not trap.exists()
+
+
+def test_a_whole_pickled_module_is_refused(tmp_path):
+    torch.save(network(), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"Expected torch.save\(module.state_dict\(\)"):
+        load_state_dict(tmp_path / "module.pt")
+
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_state_dict(tmp_path / "nothing.pt")
+    (tmp_path / "empty.pt").touch()
+    torch.save(network().state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("weights")
+    (tmp_path / "text.safetensors").write_text("weights, but not in the right format")
+    for name in ("empty.pt", "cut.pt", "text.pt", "text.safetensors"):
+        with pytest.raises(ValueError, match=name):
+            load_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ([torch.ones(2)], TypeError, "state dictionary, got list"),
+        ({"a": torch.ones(2), "lr": 0.1}, TypeError, "tensors alone, got float at 'lr'"),
+        ({}, ValueError, "no tensors"),
+    ],
+)
+def test_contents_that_are_no_state_dictionary_are_refused(tmp_path, content, error, message):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(error, match=message):
+        load_state_dict(tmp_path / "x.pt")
+
+
+def test_another_kind_of_source_is_refused():
+    with pytest.raises(TypeError, match="path or a state dictionary, got Sequential"):
+        load_state_dict(network())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("2.bias"), "after does not fit the module: it lacks '2.bias'"),
+        (lambda s: s.update(more=torch.ones(1)), "it has 'more' that the module has not"),
+        (lambda s: s.update({"2.weight": torch.ones(2, 5)}), r"shape \(2, 4\), got \(2, 5\)"),
+        (lambda s: s["0.weight"].fill_(torch.nan), "'0.weight' must be finite, got 12 entries"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused(change, message):
+    module = network()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    after = dict(before) | {k: v.clone() for k, v in before.items()}
+    change(after)
+    with pytest.raises(ValueError, match=message):
+        check_states_fit(module, {"before": before, "after": after})
+
+
+def test_the_prefix_of_data_parallel_is_named():
+    state = {f"module.{k}": v for k, v in network().state_dict().items()}
+    with pytest.raises(ValueError, match=r"model\.module\.state_dict"):
+        check_states_fit(network(), {"before": state})
+
+
+def test_modules_by_name():
+    module = module_from("paperlib.experiments.audit:perceptron")
+    assert isinstance(module[2], nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("perceptron", ValueError, "package.module:function"),
+        (":f", ValueError, "package.module:function"),
+        (3, ValueError, "package.module:function"),
+        ("no_such_package:f", ValueError, "cannot be found"),
+        ("paperlib.checkpoints:no_such", ValueError, "cannot be found"),
+        ("collections:OrderedDict", TypeError, "torch.nn.Module, got OrderedDict"),
+    ],
+)
+def test_names_of_no_module_are_refused(name, error, message):
+    with pytest.raises(error, match=message):
+        module_from(name)
