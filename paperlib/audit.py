@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paperlib.audit_report import SAME, in_words
 from paperlib.checkpoints import check_states_fit, load_state_dict
 from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.elimination import removal_costs
-from paperlib.identifiability import least_parameters
 from paperlib.last_layer import (
     InputsOfAnyNorm,
     LastLayerInput,
@@ -39,9 +39,6 @@ from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.sphere import random_on_sphere
 from paperlib.streams import stream
-
-# Two attacks found the same sample when their candidates are this close, relative to their norm.
-SAME = 0.2
 
 # The most candidates tried when the number of samples has to be estimated: each costs an attack.
 MOST = 12
@@ -151,7 +148,7 @@ class Audit:
 
     def __str__(self) -> str:
         """The answer in words, with its numbers."""
-        return "\n".join(_in_words(self))
+        return "\n".join(in_words(self))
 
     def __repr__(self) -> str:
         """The verdict."""
@@ -380,77 +377,3 @@ def _moved(states: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> 
     size = float(before.norm())
     change = float((after - before).norm())
     return change / size if size else (math.inf if change else 0.0)
-
-
-def _in_words(found: Audit) -> list[str]:
-    rows = "" if found.outputs == 1 else f"{found.outputs:,} x "
-    lines = [
-        f"last layer    {found.last_layer!r}: {rows}{found.p:,} = {found.parameters:,} parameters, "
-        f"moved by {found.moved:.2g} of their norm"
-    ]
-    if found.independent < found.outputs:
-        lines.append(f"              {found.independent} of its {found.outputs} rows independent")
-    norms = "of unknown norm" if found.d_searched > found.d else "known but for their norm"
-    lines.append(
-        f"layers below  moved by {found.body_moved:.2g} of their norm"
-        + ("" if found.body_moved else ": the last layer holds sums of features exactly")
-    )
-    lines.append(
-        f"the law       inputs of {found.d:,} numbers, {norms}: at most {found.readable:,} samples "
-        "are determined"
-    )
-    if found.n is not None:
-        ratio = found.parameters / (found.d * found.n)
-        origin = "given" if found.count is None else f"estimated, {found.count}"
-        lines.append(
-            f"samples       n = {found.n:,} ({origin}): {ratio:.3g} parameters for each "
-            "number in the data"
-        )
-    if found.record is not None:
-        lines.append(
-            f"attack        projection loss {found.record.loss:.1e}: "
-            + (
-                "explained"
-                if found.record.explained
-                else f"not explained; {int(found.confirmed.sum())} of {found.n} samples found "
-                "again from other random candidates"
-            )
-        )
-    lines.append(f"verdict       {found.verdict}: {_meaning(found)}")
-    if found.comparison is not None:
-        result = found.comparison
-        lines.append(
-            f"the data      {result.recovered(SAME)} of {result.n} within {SAME:g} of their norm, "
-            f"mean error {result.signed_error:.2g}; they leave {found.residual_at_truth:.1e} "
-            "unexplained"
-        )
-    if found.n is not None and found.record is not None:
-        least = least_parameters(found.n, found.d_searched, found.independent)
-        lines.append(
-            f"stopped by    fewer than {least:,} features in place of {found.p:,}, or more than "
-            f"{found.readable:,} samples; `paperlib.protections` tries noise and rounding"
-        )
-    return lines
-
-
-def _meaning(found: Audit) -> str:
-    verdict = found.verdict
-    if verdict == "read back":
-        return "these samples explain the parameters: they are expected to be the training data"
-    if verdict.endswith("agreed on"):
-        return (
-            f"two attacks from independent starts agree on {int(found.confirmed.sum())} of "
-            f"{found.n} samples; they are the training data up to a blur, larger the further the "
-            "layers below moved"
-        )
-    if verdict == "not found":
-        return (
-            "the numbers would allow it, this attack did not find them; more restarts, or another "
-            "attack, may"
-        )
-    if verdict == "not attacked":
-        return "how many samples there are cannot be estimated where the layers below moved: give n"
-    return (
-        "other data explain these parameters as well; that says nothing of attackers who know "
-        "more, or hold several releases"
-    )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from paperlib.audit import SAME, Audit, close_rows
+from paperlib.audit import Audit, close_rows
+from paperlib.audit_report import SAME
 from paperlib.checks import check_positive
 from paperlib.quantise import BITS, quantise
 from paperlib.reconstruct import reconstruct

@@ -8,6 +8,14 @@ from torch import nn
 
 from paperlib import least_parameters, projection_loss, to_sphere
 from paperlib.audit import audit, close_rows, most_readable, stretch
+from paperlib.checkpoints import check_states_fit, load_state_dict
+from paperlib.experiments.audit import (
+    CASES,
+    NETWORKS,
+    audit_case,
+    standardised_digits,
+    train_and_save,
+)
 from paperlib.last_layer import InputsOfAnyNorm, LastLayerInput, is_homogeneous
 from paperlib.module_features import Tangents
 from paperlib.protections import protections
@@ -96,15 +104,6 @@ def test_the_answer_is_in_words(exact):
     assert repr(exact[-1]) == "Audit('2', n = 3: read back)"
 
 
-def test_no_data_are_needed_and_none_are_used(exact):
-    module, _, before, after, found = exact
-    alone = audit(
-        module, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
-    )
-    assert torch.equal(alone.samples, found.samples)
-    assert alone.comparison is None and alone.residual_at_truth is None
-
-
 def test_the_number_of_samples_is_estimated(exact):
     module, _, before, after, _ = exact
     found = audit(
@@ -113,7 +112,7 @@ def test_the_number_of_samples_is_estimated(exact):
         after,
         last_layer="2",
         input_shape=D,
-        most=5,
+        most=4,
         dtype=torch.float64,
         **QUICK,
     )
@@ -121,8 +120,8 @@ def test_the_number_of_samples_is_estimated(exact):
     assert found.verdict == "read back"
 
 
-def test_weights_of_the_given_module_do_not_matter_and_are_left_alone(exact):
-    _, X, before, after, found = exact
+def test_neither_data_nor_weights_of_the_given_module_are_used(exact):
+    _, _, before, after, found = exact
     other = network()
     nn.init.zeros_(other[0].weight)
     other.train()
@@ -130,6 +129,7 @@ def test_weights_of_the_given_module_do_not_matter_and_are_left_alone(exact):
         other, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
     )
     assert torch.equal(again.samples, found.samples)
+    assert again.comparison is None and again.residual_at_truth is None
     assert other.training and not bool(other[0].weight.any())
     assert not other[2]._forward_pre_hooks and not other[2]._forward_hooks
 
@@ -237,6 +237,39 @@ def test_pictures(exact):
     assert stretch(torch.randn(2, 12), (3, 2, 2)).shape == (2, 2, 2, 3)
     with pytest.raises(ValueError, match="6 pixels in all"):
         exact[-1].pictures((2, 2))
+
+
+# The experiment
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_networks_are_trained_and_saved(tmp_path, case):
+    network, layers = CASES[case]
+    make, last, _ = NETWORKS[network]
+    data, X = standardised_digits(4)
+    assert float(X.norm(dim=1).std()) > 0.05
+    torch.testing.assert_close(X * (8 / X.norm(dim=1, keepdim=True)), data.X)
+    before, after, loss = train_and_save(
+        network, X, data.class_index, tmp_path, layers=layers, target=0.5
+    )
+    assert before.suffix == ".pt" and after.suffix == ".safetensors" and loss <= 0.5
+    start, end = load_state_dict(before), load_state_dict(after)
+    check_states_fit(make(), {"start": start, "end": end})
+    moved = {key for key in start if not torch.equal(start[key], end[key])}
+    assert moved == (set(start) if layers == "all" else {f"{last}.weight", f"{last}.bias"})
+
+
+def test_cases_without_sense_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="case must be one of perceptron, all layers"):
+        audit_case("perceptron", 3)
+    for wrong in ({"network": "x"}, {"layers": "first"}, {"target": 0.0}):
+        options = {
+            "network": "perceptron",
+            "inputs": torch.zeros(1),
+            "classes": torch.zeros(1),
+        } | wrong
+        with pytest.raises(ValueError, match="must be"):
+            train_and_save(folder=tmp_path, **options)
 
 
 # What a user does wrong

@@ -49,7 +49,7 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path, format):
     if format == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(ValueError, match="pickled objects"):
         load_state_dict(path)
     assert not trap.exists()
