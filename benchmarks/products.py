@@ -1,6 +1,7 @@
 """How near the products of the attack run to what the machine can do.
 
-    python benchmarks/products.py [--d 3072] [--p 65536] [--n 14 30 70 140] [--out products.csv]
+    python benchmarks/products.py [--d 3072] [--p 65536] [--n 14 30 70 140] [--threads 2]
+        [--dtypes bfloat16 float32] [--out results/products.csv]
 
 Each product with V of a pass (2 n p d operations) has two floors: its operations over the rate of
 a large square matrix product, and one reading of V over the bandwidth of a large sum. The larger
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pandas
@@ -21,45 +23,61 @@ import torch
 
 import paperlib
 from paperlib.lift import Lift
+from paperlib.memory import INPUTS, INPUTS_DIMENSION, PRODUCTS
+from paperlib.precision import arithmetic
 from paperlib.projection import Linearization
 from paperlib.results import machine
 
-SIDE = 3072
+SIDE = 2048
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median wall-clock seconds after one warm-up, the device waited for."""
+    """Median seconds after one warm-up, the device waited for.
+
+    On one CPU thread these are processor seconds, which leave out what other processes took.
+    """
+    alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
 
     def once() -> float:
-        begun = time.perf_counter()
+        begun = clock()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return clock() - begun
 
     once()
     return statistics.median(once() for _ in range(repeats))
 
 
+@lru_cache
 def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
     """Operations a second of a square product, and bytes a second of reading a large tensor."""
-    square = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    square = torch.randn(SIDE, SIDE, device=device).to(arithmetic(dtype))
     rate = 2 * SIDE**3 / seconds(lambda: square @ square)
     # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
     long = torch.randn(2**27, device=device)
     return rate, 4 * len(long) / seconds(lambda: long.sum())
 
 
+@lru_cache
+def problem(p: int, d: int, device: str) -> tuple[paperlib.RandomFeatures, Lift]:
+    """A model, and random parameters of it without their linear part."""
+    model = paperlib.RandomFeatures(d, p, device=device, seed=1)
+    return model, Lift(model, torch.randn(1, p, device=device), dtype=torch.float32)
+
+
 def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
     """One row for linearising and one for the Gauss-Newton product."""
     rate, bandwidth = ceilings(dtype, device)
-    model = paperlib.RandomFeatures(d, p, device=device, seed=1)
-    theta = torch.randn(1, p, device=device)
+    model, lift = problem(p, d, device)
     X = paperlib.sphere(n, d, seed=2).X.to(device)
-    lift = Lift(model, theta, dtype=torch.float32)
+    keep = INPUTS if d >= INPUTS_DIMENSION else PRODUCTS  # as the solver does
 
     def linearize() -> Linearization:
-        return Linearization(model, lift.theta, X, lift=lift, dtype=dtype, curvature=True)
+        return Linearization(
+            model, lift.theta, X, lift=lift, dtype=dtype, curvature=True, keep=keep
+        )
 
     point = linearize()
     step = torch.randn_like(X), X.new_zeros(n, 1), X.new_zeros(1, d)
@@ -81,6 +99,7 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
                 "n": n,
                 "p": p,
                 "d": d,
+                "threads": torch.get_num_threads(),
                 "seconds": took,
                 "gigaflops": operations / took / 1e9,
                 "ceiling_gigaflops": rate / 1e9,
@@ -97,12 +116,15 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=3072)
     parser.add_argument("--p", type=int, default=65536)
     parser.add_argument("--n", type=int, nargs="+", default=[14, 30, 70, 140])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     rows = [
         row
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (getattr(torch, name) for name in options.dtypes)
         for n in options.n
         for row in measure(n, options.p, options.d, dtype, options.device)
     ]

@@ -1,11 +1,11 @@
 """One attack in one process, and with its features split over processes.
 
-    python -m torch.distributed.run --nproc-per-node=2 benchmarks/split_features.py [--out FILE]
-    python benchmarks/split_features.py
+    python benchmarks/split_features.py [--out FILE.csv]
+    python -m torch.distributed.run --nproc-per-node=2 benchmarks/split_features.py [--out FILE.csv]
 
 Prints, for each process, the bytes of V that it holds, the peak memory of the process, the seconds
-a pass, and how far its samples are from the data. With `torchrun` on several machines the same
-command attacks a model whose V fits none of them.
+a pass, and how far its samples are from the data; with `--out` it adds these rows to a table. With
+`torchrun` on several machines the same command attacks a model whose V fits none of them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import os
 import resource
 from pathlib import Path
 
+import pandas
 import torch
 import torch.distributed as dist
 
 import paperlib
+from paperlib.results import machine
 
 
 def main() -> None:
@@ -62,9 +64,16 @@ def main() -> None:
         "first_coordinates": found.samples[:, 0].tolist(),
     }
     print(json.dumps(row), flush=True)
+    rows = [row]
+    if group:
+        rows = [None] * dist.get_world_size()
+        dist.all_gather_object(rows, row)
     if options.out and rank == 0:
+        kind = machine()
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(row) + "\n")
+        table = pandas.DataFrame(rows).drop(columns="first_coordinates")
+        table["processor"], table["cores"] = kind["processor"], kind["cores"]
+        table.to_csv(options.out, mode="a", header=not options.out.exists(), index=False)
     if group:
         dist.destroy_process_group()
 

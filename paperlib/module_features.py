@@ -42,6 +42,9 @@ class ModuleFeatures(FeatureMap):
     The module sees rows of X as (n, *input_shape) and returns (n, p) or anything that flattens
     to it. It is copied and frozen: training the original later does not change the features.
     The linear part of the features cannot be lifted, since there are no weights V.
+
+    Unlike V of `RandomFeatures`, a module is not split over processes: all features come out of
+    one run, and what grows is the activations of the samples, which go through in chunks.
     """
 
     def __init__(
