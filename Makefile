@@ -28,7 +28,7 @@ $(shell rm -f $(STAMP))
 endif
 endif
 
-.PHONY: help install figures notebooks test lint unit-tests notebook-tests book browser-tests lab clean distclean
+.PHONY: help install figures notebooks test lint unit-tests notebook-tests book browser-tests lab explorer clean distclean
 
 help: ## Show this list
 	@echo "Targets:"
@@ -111,6 +111,9 @@ book: $(VENV)/.installed-book ## Make the chapters and the reference into a web 
 
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	$(PY) -m jupyterlab --notebook-dir notebooks
+
+explorer: $(STAMP) ## Open the explorer as a web page
+	$(PY) -m voila notebooks/18_explorer.ipynb
 
 clean: ## Remove what was generated, except committed figures
 	rm -rf executed build .pytest_cache .ruff_cache *.egg-info

@@ -62,6 +62,8 @@ from paperlib.figures import (
     save_figure,
     use_style,
 )
+from paperlib.frames import Frame, Frames
+from paperlib.animation import film, save_animation
 from paperlib.parameters import check_parameters
 
 # Many runs.
@@ -75,6 +77,8 @@ __all__ = [
     "Comparison",
     "DataSet",
     "FeatureMap",
+    "Frame",
+    "Frames",
     "GivenFeatures",
     "GradientFeatures",
     "ModuleFeatures",
@@ -96,6 +100,7 @@ __all__ = [
     "estimate_sample_count",
     "export_results",
     "faces",
+    "film",
     "fit_min_norm",
     "image_folder",
     "image_strip",
@@ -112,6 +117,7 @@ __all__ = [
     "read_store",
     "reconstruct",
     "release_spectrum",
+    "save_animation",
     "save_figure",
     "sphere",
     "sweep",
