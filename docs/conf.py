@@ -32,6 +32,9 @@ extensions = [
 ]
 exclude_patterns = ["README.md"]  # is the front page, included in index.md
 
+# A page that others link to needs no place in the table of contents.
+suppress_warnings = ["toc.not_included"]
+
 # Notebooks as they were committed.
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}

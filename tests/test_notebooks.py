@@ -14,6 +14,7 @@ import nbformat
 import pytest
 from tiny_notebook import CHECK, PARAMETERS, write_notebook
 
+from paperlib.notebook_pictures import describe_pictures, pictures_of
 from paperlib.notebook_source import code_cells, declared_parameters, find_check, syntax, tags
 from paperlib.run_notebooks import PROFILES, check, find_jobs, main
 
@@ -202,6 +203,16 @@ def test_every_fault_is_found(executed, tmp_path, change, fault):
     path = tmp_path / "changed.ipynb"
     nbformat.write(notebook, path)
     assert any(fault in found for found in faults(path))
+
+
+@every_notebook
+def test_pictures_can_be_described_to_those_who_do_not_see_them(path):
+    notebook = read(path)
+    describe_pictures(notebook, ROOT / "figures")
+    for cell in notebook.cells:
+        for output in pictures_of(cell):
+            text = output.metadata.get("image/png", {}).get("alt", "")
+            assert len(text.split()) >= 5, f"{cell.id}: save the figure, or add **Figure N.** below"
 
 
 @every_notebook
