@@ -108,9 +108,9 @@ class Explorer:
                 description="stored run",
             )
         )
-        self.start = widgets.Button(description="Start", button_style="primary", icon="play")
-        self.hold = widgets.Button(description="Pause", icon="pause", disabled=True)
-        self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
+        self.start = widgets.Button(description="Start", button_style="primary")
+        self.hold = widgets.Button(description="Pause", disabled=True)
+        self.stop = widgets.Button(description="Stop", disabled=True)
         self.step = widgets.IntSlider(
             0,
             0,
@@ -201,7 +201,6 @@ class Explorer:
         if self.run is not None:
             if self.run.state == "paused":
                 self.run.resume()
-                self._watch()
             else:
                 self.run.pause()
         self.refresh()
@@ -236,18 +235,21 @@ class Explorer:
         self.pictures.value = self.curve.value = ""
 
     def _watch(self) -> None:
-        """Look at the run again and again while the page stays free to answer."""
+        """Look at the run until it has ended; the page is free to answer in between."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return  # no page is open: whoever drives the explorer calls refresh()
-        if self._task is None or self._task.done():
-            self._task = loop.create_task(self._refresh_while_alive())
+        self._task = loop.create_task(self._refresh_while_alive(self.run))
 
-    async def _refresh_while_alive(self) -> None:
-        while self.run is not None and self.run.state == "running":
+    async def _refresh_while_alive(self, run: LiveRun) -> None:
+        refresh = self._guard(lambda event: self.refresh())
+        shown = None
+        while run is self.run and (run.alive or run.state != shown):
+            if run.state == "running" or run.state != shown:
+                shown = run.state  # before drawing: what ends meanwhile is drawn once more
+                refresh(None)
             await asyncio.sleep(REFRESH_SECONDS)
-            self._guard(lambda event: self.refresh())(None)
 
     def refresh(self) -> None:
         """Bring the page up to date with the run."""
@@ -255,7 +257,6 @@ class Explorer:
         alive = state in ("running", "paused")
         self.hold.disabled = self.stop.disabled = not alive
         self.hold.description = "Continue" if state == "paused" else "Pause"
-        self.hold.icon = "play" if state == "paused" else "pause"
         if state == "failed":
             self._say(self.run.error, alert=True)
         last = max(0, len(self.frames) - 1)
