@@ -38,6 +38,12 @@ from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.releases import combine_releases, release_spectrum
 
+# Earlier attacks on all layers, and one that takes the first layer apart.
+from paperlib.first_layer_attack import first_layer_attack
+from paperlib.gradient_matching import MatchedGradients
+from paperlib.kkt_attack import kkt_attack
+from paperlib.ntk_attack import ntk_attack
+
 # The audit of a model of your own, from its checkpoints.
 from paperlib.audit import Audit, audit
 from paperlib.protections import protections
@@ -81,6 +87,7 @@ __all__ = [
     "Frames",
     "GivenFeatures",
     "GradientFeatures",
+    "MatchedGradients",
     "ModuleFeatures",
     "RandomFeatures",
     "Reconstruction",
@@ -101,13 +108,16 @@ __all__ = [
     "export_results",
     "faces",
     "film",
+    "first_layer_attack",
     "fit_min_norm",
     "image_folder",
     "image_strip",
     "jacobian_spectrum",
+    "kkt_attack",
     "least_parameters",
     "mark_level",
     "mark_threshold",
+    "ntk_attack",
     "parameter_jacobian",
     "photographs",
     "projection_loss",

@@ -1,0 +1,289 @@
+"""The attacks on all layers: their losses against dense sums, what they find, what they refuse."""
+
+import pytest
+import torch
+from torch import nn
+
+from paperlib import (
+    GradientFeatures,
+    TwoLayer,
+    compare,
+    first_layer_attack,
+    fit_min_norm,
+    kkt_attack,
+    ntk_attack,
+    sphere,
+    sweep,
+    train,
+)
+from paperlib.experiments.prior_attacks import (
+    check_prior_attack_cell,
+    effective_rank,
+    ranks,
+    run_prior_attack_cell,
+)
+from paperlib.first_layer_attack import FirstLayer
+from paperlib.gradient_matching import matching_loss, outside, sharpness_at
+from paperlib.identifiability import parameter_jacobian
+from paperlib.kkt_attack import allowed, candidate_labels, signed_coefficients
+
+D, N = 10, 3
+
+
+def problem(activation="relu", width=40, outputs=1, seed=0, n=N):
+    network = TwoLayer(D, width, outputs, activation=activation, seed=seed, dtype=torch.float64)
+    features = GradientFeatures(network, D, weights=None if outputs == 1 else [1.0] * outputs)
+    X = sphere(n, D, seed=seed, dtype=torch.float64).X
+    y = torch.tensor([1.0, -1.0, 1.5, -0.7][:n], dtype=torch.float64)
+    return network, features, X, fit_min_norm(features, X, y)
+
+
+# The loss that tangent and margin share
+
+
+def test_matching_loss_is_the_dense_one_and_zero_at_the_truth():
+    _, features, X, theta = problem()
+    Phi = features.features(X)
+    A = torch.linalg.lstsq(Phi.T, theta.T).solution
+    assert float(matching_loss(features, theta, X, A)) < 1e-20
+    B = torch.randn_like(A)
+    dense = (theta[0] - B[:, 0] @ Phi).square().sum() / theta.square().sum()
+    torch.testing.assert_close(matching_loss(features, theta, X, B), dense)
+
+
+def test_box_penalty_and_annealing():
+    X = torch.tensor([[0.5, 2.0], [-3.0, 0.0]])
+    assert float(outside(X, (-1.0, 1.0))) == pytest.approx((1 + 2) / 2)
+    assert sharpness_at((1.0, 100.0), 0.0) == 1.0
+    assert sharpness_at((1.0, 100.0), 0.45) == pytest.approx(10.0)
+    assert sharpness_at((1.0, 100.0), 1.0) == 100.0
+
+
+# Tangent
+
+
+def test_ntk_attack_finds_the_data_of_a_smooth_network():
+    _, features, X, theta = problem("gelu")
+    record = ntk_attack(
+        features,
+        theta,
+        N,
+        steps=500,
+        sharpness=None,
+        learning_rate=0.05,
+        restarts=2,
+        tolerance=1e-5,
+        progress=False,
+    )
+    assert record.loss < 1e-2 and compare(X, record.samples).recovered(0.2) >= 2
+    torch.testing.assert_close(
+        record.loss, float(matching_loss(features, theta, record.samples, record.coefficients))
+    )
+    assert record.options["attack"] == "ntk" and record.coefficients.shape == (N, 1)
+
+
+def test_descent_lowers_the_loss_stays_on_the_sphere_and_repeats():
+    _, features, _, theta = problem()
+    runs = [ntk_attack(features, theta, N, steps=60, seed=4, progress=False) for _ in range(2)]
+    other = ntk_attack(features, theta, N, steps=60, seed=5, progress=False)
+    assert torch.equal(runs[0].samples, runs[1].samples)
+    assert not torch.equal(runs[0].samples, other.samples)
+    assert runs[0].history[-1]["loss"] < runs[0].history[0]["loss"]
+    torch.testing.assert_close(runs[0].samples.norm(dim=1), torch.full((N,), D**0.5).double())
+    assert runs[0].passes == 120 and "not explained" in runs[0].status
+
+
+# Margin
+
+
+def test_coefficients_of_two_and_of_several_classes():
+    ones = torch.ones(3, 1)
+    labels = torch.tensor([1, -1, 1])
+    assert signed_coefficients(ones, labels, 1)[:, 0].tolist() == [1, -1, 1]
+    multipliers = torch.tensor([[5.0, 1.0, 2.0], [3.0, 5.0, 4.0]])
+    A = signed_coefficients(multipliers, torch.tensor([0, 1]), 3)
+    assert A.tolist() == [[3.0, -1.0, -2.0], [-3.0, 7.0, -4.0]]
+    assert allowed(multipliers, torch.tensor([0, 1]), 3).tolist() == [[0, 1, 2], [3, 0, 4]]
+    assert candidate_labels(None, 4, 1).tolist() == [1, -1, 1, -1]
+    assert candidate_labels(None, 4, 3).tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_kkt_attack_meets_the_conditions_at_a_point_that_has_them(outputs):
+    # theta is made to be a sum with positive multipliers; candidates start from random points.
+    network, features, X, _ = problem("gelu", outputs=outputs)
+    labels = candidate_labels(None, N, outputs)
+    multipliers = torch.tensor([[1.0], [0.6], [0.8]]).double().expand(N, outputs)
+    A = signed_coefficients(multipliers, labels, outputs)
+    theta = features.combine(X, A).detach()[None]
+    record = kkt_attack(
+        features,
+        theta,
+        N,
+        labels=labels,
+        candidates=N,
+        steps=400,
+        learning_rate=0.05,
+        sharpness=None,
+        progress=False,
+    )
+    assert record.loss < 0.1
+    free = record.coefficients
+    if outputs == 1:
+        assert bool((free[:, 0] * labels > 0).all())
+    else:
+        own = free.gather(1, labels[:, None])
+        assert bool((own > 0).all())
+        torch.testing.assert_close(free.sum(1), torch.zeros(N).double(), atol=1e-9, rtol=0)
+
+
+def test_least_multiplier_keeps_every_candidate_in_use():
+    _, features, _, theta = problem()
+    record = kkt_attack(
+        features,
+        theta,
+        N,
+        steps=200,
+        least_multiplier=0.3,
+        multiplier_weight=10.0,
+        multiplier_rate=0.02,
+        progress=False,
+    )
+    assert record.samples.shape == (2 * N, D)
+    unit = record.options["multiplier_unit"]
+    assert float((record.coefficients.abs() / unit).min()) > 0.2
+
+
+# First layer
+
+
+def test_delta_is_the_gradient_in_the_outputs_of_the_first_layer():
+    network, features, X, theta = problem()
+    layer = FirstLayer(features, theta, N)
+    W1, w2 = network.body[0].weight.detach(), network.head.weight.detach()[0]
+    expected = w2 * (X @ W1.T > 0)
+    torch.testing.assert_close(layer.deltas(X) * layer.sizes, expected)
+    assert float(layer.criterion(layer.deltas(X), []).max()) < 1e-14
+    away = sphere(N, D, seed=9, dtype=torch.float64).X
+    assert float(layer.criterion(layer.deltas(away), []).min()) > 1e-2
+    torch.testing.assert_close(X @ layer.basis.T @ layer.basis, X)
+
+
+def test_first_layer_attack_finds_every_sample_and_their_number():
+    _, features, X, theta = problem()
+    record = first_layer_attack(features, theta, starts=12, steps=15, progress=False)
+    assert record.explained and len(record.samples) == N
+    assert compare(X, record.samples).recovered(1e-4) == N
+    assert [stage["found"] for stage in record.stages][-1] == N
+
+
+def test_the_criterion_is_zero_at_the_data_of_a_deeper_network_alone():
+    torch.manual_seed(2)
+    network = nn.Sequential(
+        nn.Linear(D, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 1)
+    ).double()
+    features = GradientFeatures(network, D)
+    X = sphere(N, D, seed=1, dtype=torch.float64).X
+    layer = FirstLayer(features, fit_min_norm(features, X, torch.tensor([1.0, -1.0, 0.5])), N)
+    assert float(layer.criterion(layer.deltas(X), []).max()) < 1e-14
+    away = layer.random(50, torch.Generator().manual_seed(0))  # in the row space, off the data
+    assert float(layer.criterion(layer.deltas(away), []).min()) > 1e-3
+
+
+def test_the_move_of_the_first_layer_spans_the_data_along_gradient_descent():
+    network, _, X, _ = problem()
+    before = GradientFeatures(network, D)
+    train(network, X, torch.tensor([1.0, -1.0, 1.0]), progress=False)
+    move = before.flatten(network) - before.flatten(before.network)
+    block = before.block_of(move, "body.0.weight")[0]
+    basis = torch.linalg.qr(X.T).Q
+    assert float((block - block @ basis @ basis.T).norm()) < 1e-10 * float(block.norm())
+
+
+def test_what_is_not_found_is_filled_up():
+    _, features, _, theta = problem()
+    record = first_layer_attack(features, theta, N, starts=2, steps=1, rounds=1, polish=0)
+    assert record.samples.shape == (N, D) and not record.explained
+
+
+# The experiment
+
+
+def test_effective_rank_and_the_jacobian():
+    assert effective_rank(torch.ones(4)) == pytest.approx(4.0)
+    assert effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1.0)
+    _, features, X, theta = problem("gelu")
+    alpha = torch.linalg.lstsq(features.features(X).T, theta.T).solution
+    values = torch.linalg.svdvals(parameter_jacobian(features, X, alpha))
+    assert ranks(features, theta, X)[1] == pytest.approx(effective_rank(values), rel=1e-6)
+
+
+def test_cells_run_in_a_sweep(tmp_path):
+    grid = [
+        {"arena": arena, "attack": attack, "n": 2, "p_over_dn": 5.0, "budget": 40}
+        for arena, attack in [("linearised", "first layer"), ("margin", "margin")]
+    ]
+    table = sweep(
+        run_prior_attack_cell,
+        grid,
+        store=tmp_path,
+        check=check_prior_attack_cell,
+        client=False,
+        progress=False,
+    )
+    assert list(table.status) == ["ok", "ok"], table.error.tolist()
+    assert table.residual_at_truth[0] < 1e-9 and list(table.candidates) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arena": "ring"}, "arena must be one of linearised"),
+        ({"attack": "brute"}, "attack must be one of last layer"),
+        ({"counted": "first"}, "counted must be one of"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"budget": 1}, "budget must be at least 2"),
+        ({"start_scale": 0.0}, "start_scale must be above 0"),
+    ],
+)
+def test_a_cell_without_sense_is_refused(tmp_path, wrong, message):
+    grid = [{"arena": "margin", "attack": "margin", "n": 2, "p_over_dn": 5.0, **wrong}]
+    with pytest.raises(ValueError, match=message):
+        sweep(run_prior_attack_cell, grid, store=tmp_path, check=check_prior_attack_cell)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f, t: ntk_attack(3, t, N), TypeError, "must be GradientFeatures, got int"),
+        (lambda f, t: ntk_attack(f, t[:, 1:], N), ValueError, "theta must have shape"),
+        (lambda f, t: ntk_attack(f, t, 0), ValueError, "n must be at least 1, got 0"),
+        (lambda f, t: ntk_attack(f, t, N, steps=0), ValueError, "steps must be at least 1"),
+        (lambda f, t: ntk_attack(f, t, N, optimizer="x"), ValueError, "optimizer must be one of"),
+        (lambda f, t: ntk_attack(f, t, N, sharpness=3), ValueError, "None or two numbers, got 3"),
+        (lambda f, t: ntk_attack(f, t, N, box=(1, 0)), ValueError, r"\(least, largest\)"),
+        (lambda f, t: kkt_attack(f, t, N, labels=[1, -1]), ValueError, r"shape \(6,\), got \(2,\)"),
+        (
+            lambda f, t: kkt_attack(f, t, N, candidates=2, labels=torch.tensor([0, 1])),
+            ValueError,
+            "labels must be -1 or",
+        ),
+        (lambda f, t: kkt_attack(f, t, N, least_multiplier=-1.0), ValueError, "least_multiplier"),
+        (lambda f, t: first_layer_attack(f, t, 10), ValueError, r"below min\(h, d\) = 10, got 10"),
+        (lambda f, t: first_layer_attack(f, t, 5), ValueError, "at most the rank 3 .* got 5"),
+        (lambda f, t: first_layer_attack(f, t, 3, starts=0), ValueError, "starts must be at"),
+    ],
+)
+def test_bad_input(call, error, message):
+    _, features, _, theta = problem()
+    with pytest.raises(error, match=message):
+        call(features, theta)
+
+
+def test_networks_whose_first_layer_does_not_see_the_input_are_refused():
+    network = nn.Sequential(nn.Tanh(), nn.Linear(D, 12), nn.Tanh(), nn.Linear(12, 1)).double()
+    features = GradientFeatures(network, D)
+    with pytest.raises(ValueError, match="must be nn.Linear on the whole input, d = 10"):
+        first_layer_attack(features, torch.ones(1, features.p, dtype=torch.float64), 2)
+    with pytest.raises(ValueError, match="no ReLU whose slope"):
+        ntk_attack(features, torch.ones(1, features.p, dtype=torch.float64), 2)
