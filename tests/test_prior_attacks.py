@@ -22,7 +22,7 @@ from paperlib.experiments.prior_attacks import (
     ranks,
     run_prior_attack_cell,
 )
-from paperlib.first_layer_attack import FirstLayer
+from paperlib.first_layer_attack import FirstLayer, Found
 from paperlib.gradient_matching import matching_loss, outside, sharpness_at
 from paperlib.identifiability import parameter_jacobian
 from paperlib.kkt_attack import allowed, candidate_labels, signed_coefficients
@@ -45,7 +45,7 @@ def test_matching_loss_is_the_dense_one_and_zero_at_the_truth():
     _, features, X, theta = problem()
     Phi = features.features(X)
     A = torch.linalg.lstsq(Phi.T, theta.T).solution
-    assert float(matching_loss(features, theta, X, A)) < 1e-20
+    assert float(matching_loss(features, theta, X, A).detach()) < 1e-20
     B = torch.randn_like(A)
     dense = (theta[0] - B[:, 0] @ Phi).square().sum() / theta.square().sum()
     torch.testing.assert_close(matching_loss(features, theta, X, B), dense)
@@ -167,6 +167,18 @@ def test_delta_is_the_gradient_in_the_outputs_of_the_first_layer():
     away = sphere(N, D, seed=9, dtype=torch.float64).X
     assert float(layer.criterion(layer.deltas(away), []).min()) > 1e-2
     torch.testing.assert_close(X @ layer.basis.T @ layer.basis, X)
+
+
+def test_what_was_found_no_longer_attracts():
+    _, features, X, theta = problem(width=200)
+    layer = FirstLayer(features, theta, N)
+    deltas = layer.deltas(X)
+    found = [Found(X[0], deltas[0], 0.0)]
+    assert float(layer.criterion(deltas[1:], found).max()) < 1e-12  # the others still count
+    near = layer.deltas(X[:1] + 0.05 * X[1:2])
+    assert 0 < float(layer.criterion(near, [])) < 0.1
+    assert float(layer.criterion(near, found)) > 0.5
+    assert layer.among(deltas[0], found) and not layer.among(deltas[1], found)
 
 
 def test_first_layer_attack_finds_every_sample_and_their_number():
