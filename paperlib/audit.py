@@ -26,6 +26,7 @@ from paperlib.checkpoints import check_states_fit, load_state_dict
 from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.elimination import removal_costs
+from paperlib.identifiability import independent_rows
 from paperlib.last_layer import (
     InputsOfAnyNorm,
     LastLayerInput,
@@ -34,7 +35,7 @@ from paperlib.last_layer import (
 )
 from paperlib.module_features import ModuleFeatures
 from paperlib.projection import Linearization, projection_loss
-from paperlib.reconstruct import independent_rows, reconstruct
+from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.sphere import random_on_sphere

@@ -59,6 +59,21 @@ def least_parameters(n: int, d: int, outputs: int = 1) -> int:
     return -(-unknowns(n, d, releases) // releases)
 
 
+def independent_rows(theta: Tensor, *, cutoff: float = 1e-6) -> int:
+    """The rank of theta, singular values below `cutoff` of the largest left out."""
+    squares = torch.linalg.eigvalsh(theta.double() @ theta.double().T)
+    return int((squares > cutoff**2 * squares[-1]).sum())
+
+
+def numbers_per_unknown(model: FeatureMap, theta: Tensor, n: int) -> float:
+    """C p / (n (d - 1 + C)) for C independent outputs: p / (d n) for one.
+
+    Outputs count as far as they are independent, and n samples span no more than n of them.
+    """
+    outputs = min(n, independent_rows(theta))
+    return outputs * model.p / (n * (model.d - 1 + outputs))
+
+
 def coefficients(model: FeatureMap, theta: Tensor, X: Tensor) -> Tensor:
     """Coefficients alpha (n, C) of least squares theta ~ alpha^T phi(X), in float64."""
     features = model.features(X).double()

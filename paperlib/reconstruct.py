@@ -11,10 +11,13 @@ from torch import Tensor
 
 from paperlib.checks import check_count, check_positive, check_range, check_theta
 from paperlib.feature_map import FeatureMap
+from paperlib.identifiability import numbers_per_unknown
 from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
+
+STARTS = ("auto", "random", "messages")
 
 TOLERANCE = {torch.float32: 1e-10, torch.float64: 1e-20}
 
@@ -80,9 +83,7 @@ def reconstruct(
         found = SOLVERS[solver](
             model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **options
         )
-    # Outputs count as far as they are independent, and n samples span no more than n of them.
-    outputs = min(n, independent_rows(theta))
-    identifiable = outputs * model.p > n * (model.d - 1 + outputs)
+    identifiable = numbers_per_unknown(model, theta, n) > 1
     return Reconstruction(
         samples=found["samples"],
         loss=found["loss"],
@@ -112,12 +113,6 @@ def reconstruct(
     )
 
 
-def independent_rows(theta: Tensor, *, cutoff: float = 1e-6) -> int:
-    """The rank of theta, singular values below `cutoff` of the largest left out."""
-    squares = torch.linalg.eigvalsh(theta.double() @ theta.double().T)
-    return int((squares > cutoff**2 * squares[-1]).sum())
-
-
 def second_order_options(
     model: FeatureMap,
     theta: Tensor,
@@ -126,7 +121,8 @@ def second_order_options(
     seed: int,
     tolerance: float,
     watch: Progress,
-    restarts: int = 5,
+    restarts: int | None = None,
+    start: str = "auto",
     max_steps: int = 200,
     oversampling: float = 1.4,
     lift: bool | None = None,
@@ -144,7 +140,12 @@ def second_order_options(
         tolerance: loss at which restarts end.
         watch: progress.
         restarts: most starts; the best by loss is returned. They end early when the parameters
-            are explained, or when two independent starts found the same samples.
+            are explained, or when two independent starts found the same samples. If None, 20
+            where all starts are made by message passing, and 5 otherwise.
+        start: "random" starts from random candidates; "messages" by message passing, which needs
+            random features and an activation with a second moment (see `message_passing.py`);
+            "auto" by message passing for p between 1 and 2.5 d n (where it applies), and in
+            every second restart above.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.
@@ -156,12 +157,15 @@ def second_order_options(
     """
     from paperlib.second_order import SecondOrderSolver
 
-    check_count("restarts", restarts)
+    if restarts is not None:
+        check_count("restarts", restarts)
     check_count("max_steps", max_steps)
     check_positive("forcing", forcing, below=1.0)
     check_range("oversampling", oversampling, least=1)
     if keep not in ("auto", *KEPT):
         raise ValueError(f"keep must be one of {('auto', *KEPT)}, got {keep!r}")
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, got {start!r}")
     if lift not in (None, True, False):
         raise TypeError(f"lift must be True, False or None, got {lift!r}")
     run = SecondOrderSolver(
@@ -170,6 +174,7 @@ def second_order_options(
         n,
         seed=seed,
         restarts=restarts,
+        start=start,
         max_steps=max_steps,
         tolerance=tolerance,
         oversampling=oversampling,

@@ -5,8 +5,10 @@
 3. signs: settled by one regression on both signs of each candidate;
 4. finish: the unlifted loss, evaluated in the model's own dtype.
 
-Restarts repeat stage 1 from new random candidates until the loss is explained; the best by loss
-goes on.
+Restarts repeat this from new random candidates until the loss is explained; the best by loss is
+returned. Where V is known and p is near d n, most starts from random candidates end in local
+minima; there a start is made by message passing (see `message_passing.py`) in place of stages 1 and
+2.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from torch import Tensor
 
 from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
+from paperlib.identifiability import numbers_per_unknown
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
+from paperlib.message_passing import MessagePassing
 from paperlib.precision import FLOOR, SETTLED, bulk_dtype
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
@@ -47,6 +51,16 @@ RESEED_GAIN = 0.8
 SAME = 0.9
 AGREEMENT = 0.9
 
+# Message passing makes the starts below this many numbers per unknown, and every second one above
+# (chapter 11). It needs the second moment of the activation, and identifiable data.
+NEAR = 2.5
+LEAST_SECOND_MOMENT = 1e-2
+ITERATIONS = 300
+JITTER = 0.3
+
+# Restarts by default, and where every start is made by message passing.
+RESTARTS, RESTARTS_NEAR = 5, 20
+
 
 @dataclass
 class Attempt:
@@ -59,10 +73,10 @@ class Attempt:
     agreed: bool = False
 
 
-def same_samples(A: Tensor, B: Tensor) -> bool:
-    """Whether almost all rows of A turn up among those of B, up to sign."""
+def same_samples(A: Tensor, B: Tensor, *, share: float = AGREEMENT) -> bool:
+    """Whether that share of the rows of A turn up among those of B, up to sign."""
     cosines = (torch.nn.functional.normalize(A) @ torch.nn.functional.normalize(B).T).abs()
-    return float((cosines.amax(1) > SAME).double().mean()) >= AGREEMENT
+    return float((cosines.amax(1) > SAME).double().mean()) >= share
 
 
 class SecondOrderSolver:
@@ -75,7 +89,8 @@ class SecondOrderSolver:
         n: int,
         *,
         seed: int,
-        restarts: int,
+        restarts: int | None,
+        start: str,
         max_steps: int,
         tolerance: float,
         oversampling: float,
@@ -87,7 +102,7 @@ class SecondOrderSolver:
     ):
         """See `reconstruct` for the options."""
         self.model, self.theta, self.n = model, theta, n
-        self.restarts, self.max_steps, self.tolerance = restarts, max_steps, tolerance
+        self.max_steps, self.tolerance = max_steps, tolerance
         self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
         self.bulk = bulk_dtype(model, self.candidates, bulk)
@@ -100,6 +115,21 @@ class SecondOrderSolver:
         self.stages: list[dict[str, Any]] = []
         self.passes = 0
         self.lift = self._make_lift(lift)
+        self.ratio = numbers_per_unknown(model, theta, n)
+        possible = (
+            hasattr(model, "weight_blocks")
+            and abs(model.activation.hermite_coefficients(2)[2]) > LEAST_SECOND_MOMENT
+        )
+        if start == "messages" and not possible:
+            raise ValueError(
+                "start='messages' needs a model with weights V and an activation with a second "
+                "moment"
+            )
+        self.messages = possible and start != "random" and (self.ratio > 1 or start == "messages")
+        self.always_messages = start == "messages" or (self.messages and self.ratio < NEAR)
+        if restarts is None:
+            restarts = RESTARTS_NEAR if self.always_messages else RESTARTS
+        self.restarts = restarts
 
     def _make_lift(self, wanted: bool | None) -> Lift | None:
         model = self.model
@@ -135,15 +165,24 @@ class SecondOrderSolver:
         independent: list[Tensor] = []
         stuck = False
         for restart in range(self.restarts):
+            messages = self.always_messages or (self.messages and restart % 2 == 1)
             kept = None if best is None or stuck else best.X
-            attempt = self._attempt(self._start(kept), restart)
+            if messages:
+                # Below, the best is resumed only where little is missing.
+                kept = None if best is None or best.loss > PROMISING else kept
+                attempt = self._attempt_by_messages(restart, kept)
+            else:
+                attempt = self._attempt(self._start(kept), restart)
             stuck = best is not None and attempt.loss > 0.5 * best.loss
             if best is None or attempt.loss < best.loss:
                 best = attempt
             if best.loss <= self.tolerance:
                 break
             if kept is None:
-                best.agreed = any(same_samples(attempt.X, X) for X in independent)
+                # Message passing finds all but a sample with a tiny |alpha| again and again: then
+                # all samples have to agree.
+                share = 1.0 if messages else AGREEMENT
+                best.agreed = any(same_samples(attempt.X, X, share=share) for X in independent)
                 independent.append(attempt.X)
                 if best.agreed:
                     break
@@ -159,7 +198,55 @@ class SecondOrderSolver:
         bulk = self._descend("bulk", start, restart, SETTLED[self.bulk], lifted=True, exact=False)
         elimination = eliminate(bulk, self.n)
         X = bulk.X[elimination.kept]
-        point, previous = self._finish(X, restart, brief=bulk.loss > PROMISING), math.inf
+        point = self._finish(X, restart, brief=bulk.loss > PROMISING)
+        point = self._reseed(point, restart)
+        return Attempt(point.X, point.loss, restart, elimination.losses)
+
+    def _attempt_by_messages(self, restart: int, kept: Tensor | None) -> Attempt:
+        """Message passing, then signs and descent without a lift.
+
+        It begins at the spectral start, or at candidates that explain almost everything: then a
+        sample with a tiny |alpha| is missing, which stands out once the others are known.
+
+        Its means know their signs, and p near d n has no d equations to spare for a lift.
+        """
+        name = "message passing"
+        self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
+        begun = time.perf_counter()
+        passing = MessagePassing(
+            self.model,
+            self.theta,
+            self.n,
+            generator=self.generator,
+            jitter=JITTER,
+            dtype=self.bulk,
+        )
+        if kept is not None:
+            passing.resume(kept)
+        beliefs = passing.run(ITERATIONS, on_step=self.progress.step)
+        seconds = time.perf_counter() - begun
+        for k, share in enumerate(beliefs.history, 1):
+            self.history.append({"restart": restart, "stage": name, "step": k, "loss": share})
+        passes = 2 * beliefs.iterations
+        self._log(
+            name, self.bulk, beliefs.ended, beliefs.unexplained, self.n, passes, seconds, restart
+        )
+        X = settle_signs(self.model, self.theta, beliefs.X.to(self.theta))
+        self.passes += 2
+        point = self._descend(
+            "finish",
+            X,
+            restart,
+            min(FLOOR[self.model.dtype], self.tolerance),
+            lifted=False,
+            exact=True,
+        )
+        point = self._reseed(point, restart)
+        return Attempt(point.X, point.loss, restart)
+
+    def _reseed(self, point: Linearization, restart: int) -> Linearization:
+        """Move the least useful candidate again and again, while that gains."""
+        previous = math.inf
         while self.tolerance < point.loss <= min(PROMISING, RESEED_GAIN * previous):
             previous = point.loss
             self.passes += 2
@@ -167,7 +254,7 @@ class SecondOrderSolver:
             trial = self._finish(X, restart)
             if trial.loss < point.loss:
                 point = trial
-        return Attempt(point.X, point.loss, restart, elimination.losses)
+        return point
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""

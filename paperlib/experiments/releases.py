@@ -78,6 +78,7 @@ def run_release_cell(
         n,
         seed=seed,
         restarts=restarts,
+        start="random",
         max_steps=max_steps,
         lift=lift,
         progress=False,

@@ -88,7 +88,7 @@ def run_guess_cell(
     data = sphere(n, d, seed=seed)
     model = RandomFeatures(d, round(p_over_dn * d * n), activation, seed=seed)
     theta = fit_min_norm(model, data.X, data.y)
-    record = reconstruct(model, theta, guess, seed=seed, max_steps=max_steps)
+    record = reconstruct(model, theta, guess, seed=seed, max_steps=max_steps, start="random")
     kinds = describe_candidates(data.X, record.samples).kind
     return {
         "recovered": int((kinds == "sample").sum()),

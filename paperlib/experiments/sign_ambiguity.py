@@ -69,6 +69,8 @@ def run_sign_cell(
     model = RandomFeatures(d, round(p_over_dn * d * n), activation, seed=seed)
     theta = fit_min_norm(model, data.X, data.y)
     options = {} if learning_rate is None else {"learning_rate": learning_rate}
+    if solver != "published":
+        options["start"] = "random"
     record = reconstruct(model, theta, n, solver=solver, seed=seed, max_steps=max_steps, **options)
     errors = compare(data.X, record.samples)
     return {

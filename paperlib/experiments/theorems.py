@@ -106,6 +106,7 @@ def run_theorem_cell(
         seed=seed,
         max_steps=max_steps,
         restarts=restarts,
+        start="random",
         oversampling=oversampling,
     )
     distances = off_span(model.features(data.X), model.features(record.samples))

@@ -1,0 +1,334 @@
+"""Approximate message passing: candidates from beliefs about them, where descent gets stuck.
+
+Levenberg-Marquardt moves points, and a point is always certain of itself: near p = d n it settles
+in one of many local minima. Message passing moves beliefs. Sample x_i is Gaussian with mean X_i and
+variance tau_i in each coordinate, and so is its pre-activation at every feature,
+
+    z_ik = v_k . x_i ~ N(omega_ik, tau_i),   omega_i = V X_i - tau_i g_i    (Onsager's correction).
+
+The parameters say theta_k = sum_i alpha_i act(z_ik). For one sample at a time the others are noise,
+their sum being Gaussian of mean sum_j alpha_j E act(z_jk) and variance
+sum_j alpha_j^2 Var act(z_jk).
+That gives the posterior of z_ik (a sum over a grid), its score g_ik = (E[z_ik | theta_k] -
+omega_ik) / tau_i, and by V^T g_i a better mean of x_i. As long as little is known, Var act is large
+and averages over the local minima; as it falls, samples with the next smaller |alpha| stand out.
+
+The linear part, sum_i alpha_i mu_1 x_i, is one more unknown vector, seen directly in theta. It is
+tied to the samples in the prior, so that signs come out right without a lift that would cost d
+equations.
+
+Sources: generalised approximate message passing, Rangan 2011 (arXiv 1010.5141); committee machines,
+Aubin et al. 2018 (arXiv 1806.05451); the spectral start, Mondelli and Venkataramanan 2021 (arXiv
+2010.03460). The sum over the other samples is taken as Gaussian here, which makes every integral
+one-dimensional. alpha, which these papers take as known, is regressed on E act along the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from paperlib.elimination import removal_costs
+from paperlib.feature_map import FeatureMap
+from paperlib.projection import Linearization
+from paperlib.spectral_start import SpectralStart
+from paperlib.sphere import to_sphere
+
+# Grid of the one-dimensional integrals, in standard deviations of the belief.
+NODES, REACH = 31, 4.5
+
+# Share of the new value in every update; 1 oscillates.
+DAMPING = 0.6
+ALPHA_DAMPING = 0.2
+
+# Beliefs that learned nothing (variance above DEAD of the prior's) start again from the residual
+# every REVIVE iterations, as does the weaker of two that are the same (|cosine| above SAME).
+REVIVE, DEAD, SAME = 30, 0.9, 0.9
+
+# Iterations end when the beliefs are this narrow, or when the residual stops falling.
+NARROW = 2e-3
+PATIENCE, GAIN = 100, 0.9
+
+# Candidates that matter no more than this many times the residual are doubted by `resume`.
+DOUBT = 4.0
+
+# Entries of the grid that are held at a time.
+CHUNK = 1 << 21
+
+
+@dataclass
+class Beliefs:
+    """What message passing ended with.
+
+    Attributes:
+        X: (n, d) means, put on the sphere.
+        variance: (n,) tau, between 0 (certain) and 1 (nothing learned).
+        alpha: (n, C) coefficients of the whitened outputs.
+        unexplained: share of the parameters' square that the means leave unexplained.
+        iterations: passes of the loop; each is two products with V.
+        ended: why: "narrow", "stalled", "diverged" or "step limit".
+        history: unexplained share before each iteration.
+    """
+
+    X: Tensor
+    variance: Tensor
+    alpha: Tensor
+    unexplained: float
+    iterations: int
+    ended: str
+    history: list[float] = field(default_factory=list)
+
+
+def whiten(theta: Tensor) -> Tensor:
+    """Rows with the span of theta's that are orthogonal and of mean square 1, (rank, p)."""
+    values, vectors = torch.linalg.eigh(theta.double() @ theta.double().T)
+    kept = values > 1e-10 * values[-1]
+    scaled = vectors[:, kept] * (theta.shape[1] / values[kept]).sqrt()
+    return scaled.T.to(theta.dtype) @ theta
+
+
+class MessagePassing:
+    """Beliefs about n samples, given V and theta."""
+
+    def __init__(
+        self,
+        model: FeatureMap,
+        theta: Tensor,
+        n: int,
+        *,
+        generator: torch.Generator,
+        jitter: float = 0.3,
+        dtype: torch.dtype | None = None,
+    ):
+        """Begin at the outlying eigenvectors of the second moment of theta.
+
+        Args:
+            model: random features, with weights V.
+            theta: (C, p).
+            n: how many samples.
+            generator: source of the perturbation of the start.
+            jitter: its size, relative to a random direction; 0 starts at the eigenvectors.
+            dtype: of the products with V, the model's if None.
+        """
+        self.model, self.n = model, n
+        self.dtype = model.dtype if dtype is None else dtype
+        self.jitter, self.generator = jitter, generator
+        self.y = whiten(theta).float()
+        self.C, self.p = self.y.shape
+        self.mu = model.linear_coefficient
+        c_2 = math.sqrt(2) * model.activation.hermite_coefficients(2)[2]
+        self.spectral = SpectralStart(model, c_2, dtype=self.dtype)
+        device = self.y.device
+        self.t = torch.linspace(-REACH, REACH, NODES, device=device)
+        self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
+        self.weight = self.log_weight.exp()
+        self.spacing = 2 * REACH / (NODES - 1)
+
+        self.L = self.spectral.linear_part(self.y)  # (C, d): sum_i alpha_i mu_1 x_i
+        noise = 0.1 * self.L.square().mean() + 1e-3
+        self.L_cov = noise * torch.eye(self.C, device=device)
+        self.X, self.tau, self.alpha = self._fresh(self.y, n)
+        self.g = torch.zeros(n, self.p, device=device)
+        self.g_L = torch.zeros_like(self.y)
+        self.misfit = 0.0
+
+    def _fresh(self, residual: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, variances and coefficients of `count` beliefs from a residual, (C, p)."""
+        directions, overlap, alpha = self.spectral.directions(
+            residual, count, generator=self.generator
+        )
+        d = self.model.d
+        noise = torch.randn(count, d, generator=self.generator).to(directions)
+        X = to_sphere(math.sqrt(d) * directions + self.jitter * noise)
+        return X * overlap.sqrt()[:, None], 1 - overlap, alpha
+
+    def _rest(self, u: Tensor) -> Tensor:
+        """The activation without its linear part."""
+        return self.model.activation.value(u) - self.mu * u
+
+    def _pre_activations(self, V: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Means omega of the pre-activations (n, h) and of the linear parts (C, h)."""
+        both = torch.cat([self.X, self.L]).to(V.dtype) @ V.T
+        omega = both[: self.n].float() - self.tau[:, None] * self.g[:, part]
+        return omega, both[self.n :].float() - self.L_cov @ self.g_L[:, part]
+
+    def _features(self, omega: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rest of the activation on the grid (n, h, nodes), its mean and variance (n, h)."""
+        f = self._rest(omega[:, :, None] + tau.sqrt()[:, None, None] * self.t)
+        mean = f @ self.weight
+        return f, mean, (f.square() @ self.weight - mean.square()).clamp(min=0)
+
+    def _expected_variance(self) -> Tensor:
+        """The mean over features of Var act(z_ik), (n,), for omega_i ~ N(0, 1 - tau_i)."""
+        omega = (1 - self.tau).clamp(min=0).sqrt()[:, None] * self.t
+        return self._features(omega, self.tau)[2] @ self.weight
+
+    def _chunks(self):
+        """Pairs (rows of V, range of features) small enough for the grid."""
+        height = max(1, CHUNK // (self.n * NODES))
+        for block in self.model.blocks(dtype=self.dtype):
+            for start in range(block.start, block.stop, height):
+                stop = min(start + height, block.stop)
+                yield block.weights[start - block.start : stop - block.start], slice(start, stop)
+
+    def step(self, *, learn_alpha: bool) -> float:
+        """One iteration: two products with V. Returns the unexplained share before it."""
+        n, C, p, d = self.n, self.C, self.p, self.model.d
+        new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=self.X.device)  # noqa: E731
+        gram, rhs, outer = new(n, n), new(n, C), new(C, C)
+        back, spread, squares = new(n + C, d), new(n), new(n)
+        eye = torch.eye(C, device=self.X.device)
+        alpha, tau = self.alpha, self.tau
+
+        # The statistic of theta_k that tells most about sample i: w_i . (theta_k - all others).
+        ground = self.L_cov + (self.misfit + 1e-9) * eye
+        expected = self._expected_variance()
+        noise = ground + (alpha.T * expected) @ alpha
+        others = noise - expected[:, None, None] * alpha[:, :, None] * alpha[:, None, :]
+        w = torch.linalg.solve(others, alpha)  # (n, C)
+        gain = (w * alpha).sum(1)  # of sample i in its own statistic
+        cross = (w @ alpha.T).square().fill_diagonal_(0)  # of the others
+        # Grid points are this far apart in the statistic: no finer distinction can be drawn.
+        base = torch.einsum("ic,cd,id->i", w, ground, w)
+        base = base + 0.5 * gain.square() * tau * self.spacing**2 + 1e-30
+        L_gain = torch.linalg.inv(noise)
+
+        for V, part in self._chunks():
+            omega, omega_L = self._pre_activations(V, part)
+            f, mean, variance = self._features(omega, tau)
+            e = self.y[:, part] - alpha.T @ mean - omega_L
+            target = w @ e + gain[:, None] * mean
+            width = base[:, None] + cross @ variance
+            misses = target[:, :, None] - gain[:, None, None] * f
+            density = torch.softmax(self.log_weight - misses.square() / (2 * width[:, :, None]), -1)
+            score = (density @ self.t) / tau.sqrt()[:, None]
+            score_L = L_gain @ e
+            squares += score.square().sum(1)
+            spread += variance.sum(1)
+            outer += e @ e.T
+            gram += mean @ mean.T
+            rhs += mean @ (self.y[:, part] - omega_L).T
+            self.g[:, part] = torch.lerp(self.g[:, part], score, self.damping)
+            self.g_L[:, part] = torch.lerp(self.g_L[:, part], score_L, self.damping)
+            scores = torch.cat([self.g[:, part], self.g_L[:, part]])
+            back += scores.to(V.dtype) @ V
+        self.model.sum_over_processes([gram, rhs, outer, back, spread, squares])
+
+        # Precision of what the features say, by E[score^2] = - E[d score / d omega].
+        S = d / squares.clamp(min=1e-6 * p).float()
+        S_L = (d / p) * noise
+        R = self.X + S[:, None] * back[:n].float()
+        R_L = self.L + S_L @ back[n:].float()
+        # Prior: x ~ N(0, I), and the linear part is mu_1 sum_i alpha_i x_i.
+        tie = self.mu * torch.linalg.solve(S_L.double(), alpha.double().T).T  # (n, C)
+        precision = torch.diag(1 + 1 / S.double()) + self.mu * tie @ alpha.double().T
+        covariance = torch.linalg.inv(precision)
+        X = (covariance @ (R.double() / S.double()[:, None] + tie @ R_L.double())).float()
+        covariance = covariance.float()
+        b = self.damping
+        self.X = torch.lerp(self.X, X, b)
+        self.tau = torch.lerp(tau, covariance.diagonal(), b).clamp(1e-6, 1)
+        self.L = torch.lerp(self.L, self.mu * alpha.T @ X, b)
+        L_cov = self.mu**2 * alpha.T @ covariance @ alpha + 1e-9 * eye
+        self.L_cov = torch.lerp(self.L_cov, L_cov, b)
+
+        spread /= p
+        expected = (alpha.T * spread.float()) @ alpha + self.L_cov
+        misses = float(outer.trace()) / p
+        self.misfit = max(0.0, (misses - float(expected.trace())) / C)
+        if learn_alpha:
+            ridge = float(expected.trace()) / C / max(float(alpha.square().mean()), 1e-12)
+            ridge = ridge * torch.eye(n, dtype=torch.float64, device=gram.device)
+            learned = torch.linalg.solve(gram + ridge, rhs).float()
+            self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING)
+        return misses / C
+
+    damping = DAMPING
+
+    def revive(self) -> int:
+        """Start beliefs that are lost, or double, again from the residual; how many."""
+        lost = self.tau > DEAD
+        directions = torch.nn.functional.normalize(self.X)
+        same = (directions @ directions.T).abs() > SAME
+        same &= (self.tau < 0.5)[:, None] & (self.tau < 0.5)[None, :]
+        by_weight = self.alpha.norm(dim=1).argsort(descending=True).tolist()
+        for place, i in enumerate(by_weight):
+            for j in by_weight[place + 1 :]:
+                if same[i, j] and not lost[i] and not lost[j]:
+                    self.alpha[i] += self.alpha[j]
+                    lost[j] = True
+        count = int(lost.sum())
+        if count:
+            residual = torch.zeros_like(self.y)
+            weights = torch.where(lost[:, None], 0, self.alpha)
+            for V, part in self._chunks():
+                omega, omega_L = self._pre_activations(V, part)
+                mean = self._features(omega, self.tau)[1]
+                residual[:, part] = self.y[:, part] - weights.T @ mean - omega_L
+            self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(residual, count)
+            self.g[lost] = 0
+        return count
+
+    def resume(self, X: Tensor) -> None:
+        """Go on from candidates that explain most: doubt those that matter no more than the rest.
+
+        A candidate whose removal costs no more than `DOUBT` times what is unexplained starts again
+        from the residual. The others are believed as far as that leaves them free to move.
+
+        Args:
+            X: (n, d) candidates.
+        """
+        point = Linearization(self.model, self.y.to(self.model.dtype), X)
+        costs = removal_costs(point.gram_inverse, point.alpha)
+        doubtful = costs <= DOUBT * point.residual_square
+        doubtful[costs.argmin()] = True
+        self.alpha = point.alpha.float()
+        share = self.C * point.loss / self.alpha.square().sum(1).clamp(min=1e-12)
+        self.tau = (DOUBT * share).clamp(1e-4, 0.5)
+        self.tau[doubtful] = 1.0
+        self.X = X.float() * (1 - self.tau).sqrt()[:, None]
+        self.L = self.mu * self.alpha.T @ self.X
+        eye = torch.eye(self.C, device=self.X.device)
+        self.L_cov = self.mu**2 * (self.alpha.T * self.tau) @ self.alpha + 1e-6 * eye
+        self.misfit = point.loss
+        self.g.zero_()
+        self.g_L.zero_()
+        self.revive()
+
+    def run(
+        self, max_iterations: int, *, on_step: Callable[[float, Tensor], None] | None = None
+    ) -> Beliefs:
+        """Iterate until the beliefs are narrow, or learn nothing more.
+
+        Args:
+            max_iterations: at most.
+            on_step: called after each iteration with the unexplained share and the means.
+        """
+        history: list[float] = []
+        ended = "step limit"
+        for k in range(max_iterations):
+            if k and k % REVIVE == 0:
+                self.revive()
+            history.append(self.step(learn_alpha=k % REVIVE > 2))
+            if on_step is not None:
+                on_step(history[-1], self.X)
+            if not math.isfinite(history[-1]) or history[-1] > 50:
+                ended = "diverged"
+                break
+            if float(self.tau.max()) < NARROW:
+                ended = "narrow"
+                break
+            past = history[:-PATIENCE]
+            if past and min(history[-PATIENCE:]) > GAIN * min(past):
+                ended = "stalled"
+                break
+        X = torch.nan_to_num(self.X)
+        empty = X.square().sum(1) == 0
+        X[empty] = torch.randn(int(empty.sum()), X.shape[1], generator=self.generator).to(X)
+        return Beliefs(
+            to_sphere(X), self.tau, self.alpha, history[-1], len(history), ended, history
+        )

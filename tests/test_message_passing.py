@@ -1,0 +1,156 @@
+"""Spectral starts and message passing against dense oracles, and what they find near p = d n."""
+
+import math
+
+import pytest
+import torch
+
+from paperlib import RandomFeatures, compare, fit_min_norm, reconstruct, sphere
+from paperlib.message_passing import MessagePassing, whiten
+from paperlib.spectral_start import SpectralStart
+
+
+def problem(n=4, d=30, ratio=2.0, name="relu", seed=0, C=1, dtype=torch.float32):
+    model = RandomFeatures(d, round(ratio * d * n), name, seed=seed, dtype=dtype, block_rows=1024)
+    data = sphere(n, d, seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(500 + seed)
+    labels = torch.randn(n, C, generator=generator, dtype=torch.float64).to(dtype)
+    return model, fit_min_norm(model, data.X, labels), data
+
+
+def second_moment_coefficient(model):
+    return math.sqrt(2) * model.activation.hermite_coefficients(2)[2]
+
+
+def passing(model, theta, n, *, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return MessagePassing(model, theta, n, generator=generator, **options)
+
+
+# The spectral start
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_second_moments_are_those_of_the_residual_of_a_regression_on_V(C):
+    model, theta, _ = problem(C=C, ratio=10, dtype=torch.float64)
+    V = model.V
+    rest = theta - (torch.linalg.lstsq(V, theta.T).solution.T) @ V.T
+    rest = rest - rest.mean(1, keepdim=True)
+    expected = torch.stack([(V.T * row) @ V for row in rest]) * model.d / model.p
+    M, scale = SpectralStart(model, 1.0, dtype=torch.float64).second_moments(theta)
+    torch.testing.assert_close(M, expected, rtol=1e-9, atol=1e-12)
+    assert float(scale) == pytest.approx(float(rest.square().mean().sqrt()) * (30 / model.p) ** 0.5)
+
+
+@pytest.mark.parametrize("C", [1, 2])
+def test_overlap_and_coefficients_are_about_what_the_spectrum_promises(C):
+    model, theta, data = problem(8, 100, 4.0, C=C)
+    start = SpectralStart(model, second_moment_coefficient(model), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    U, overlap, alpha = start.directions(theta, 4, generator=generator)
+    truth = data.X / data.X.norm(dim=1, keepdim=True)
+    squares = (U @ truth.T).square()[0]
+    found = int(squares.argmax())
+    assert float(squares[found]) == pytest.approx(float(overlap[0]), abs=0.2)
+    weights = theta @ torch.linalg.pinv(model.features(data.X))  # (C, n)
+    assert float(alpha[0] @ weights[:, found]) > 0
+    norm = weights[:, found].norm()
+    assert float((alpha[0] - weights[:, found]).norm() / norm) < 0.4
+
+
+# Message passing
+
+
+def test_whitened_outputs_are_orthonormal_and_independent():
+    Y = torch.randn(3, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Z = whiten(torch.cat([Y, Y[:1] - 2 * Y[1:2]]))
+    assert Z.shape == (3, 200)
+    torch.testing.assert_close(Z @ Z.T / 200, torch.eye(3, dtype=Z.dtype), rtol=0, atol=1e-9)
+    torch.testing.assert_close(Z @ torch.linalg.pinv(Y) @ Y, Z, rtol=1e-8, atol=1e-9)
+
+
+def test_expected_variance_against_samples():
+    model, theta, _ = problem()
+    belief = passing(model, theta, 4)
+    belief.tau = torch.tensor([1.0, 0.6, 0.2, 0.01])
+    generator = torch.Generator().manual_seed(1)
+    omega = torch.randn(4, 4000, generator=generator) * (1 - belief.tau).sqrt()[:, None]
+    noise = torch.randn(4, 4000, 200, generator=generator)
+    z = omega[:, :, None] + belief.tau.sqrt()[:, None, None] * noise
+    sampled = (torch.relu(z) - 0.5 * z).var(2).mean(1)
+    torch.testing.assert_close(belief._expected_variance(), sampled, rtol=0.05, atol=1e-5)
+
+
+def test_scores_against_a_dense_posterior():
+    """The belief about z of one sample given theta: a fine grid and Bayes's rule."""
+    model, theta, _ = problem(2, 20, 3.0)
+    belief = passing(model, theta, 2)
+    V = model.V
+    omega = belief.X @ V.T
+    omega_L = belief.L @ V.T
+    tau, alpha = belief.tau, belief.alpha[:, 0]
+    t = torch.linspace(-6, 6, 2001)
+    z = omega[:, :, None] + tau.sqrt()[:, None, None] * t
+    f = torch.relu(z) - 0.5 * z
+    prior = torch.softmax(-t.square() / 2, 0)
+    mean, variance = f @ prior, f.square() @ prior - (f @ prior).square()
+    others = belief.y - omega_L - (alpha @ mean - alpha[:, None] * mean)
+    width = alpha.flip(0).square()[:, None] * variance.flip(0) + float(belief.L_cov) + 1e-9
+    width = width + 0.5 * (alpha.square() * tau)[:, None] * belief.spacing**2
+    misses = others[:, :, None] - alpha[:, None, None] * f
+    density = torch.softmax(prior.log() - misses.square() / (2 * width[:, :, None]), -1)
+    expected = (density @ t) / tau.sqrt()[:, None]
+    belief.damping = 1.0
+    belief.step(learn_alpha=False)
+    torch.testing.assert_close(belief.g, expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("name", "C"), [("relu", 1), ("relu", 2)])
+def test_most_samples_are_found_where_descent_finds_none(name, C):
+    """About 1.5 numbers per unknown: random starts of descent find almost nothing here."""
+    found = {"messages": 0, "random": 0}
+    for seed in range(2):
+        model, theta, data = problem(6, 50, 1.5 / C + 0.1 * (C > 1), name, seed, C)
+        for start in found:
+            record = reconstruct(
+                model, theta, 6, start=start, restarts=2, seed=seed, progress=False
+            )
+            found[start] += compare(data.X, record.samples).recovered()
+    assert found["messages"] >= 10
+    assert found["messages"] > found["random"]
+
+
+def test_resume_finds_the_sample_with_a_tiny_coefficient():
+    """Five of six are right, the sixth has 2% of the weight: the rest of theta gives it away."""
+    model = RandomFeatures(50, 450, seed=0)
+    X = sphere(6, 50, 0).X
+    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.15, -0.02]])
+    theta = alpha @ model.features(X)
+    candidates = torch.cat([X[:5], sphere(1, 50, 9).X])
+    belief = passing(model, theta, 6)
+    belief.resume(candidates)
+    assert int(belief.tau.argmax()) == 5
+    beliefs = belief.run(300)
+    assert compare(X, beliefs.X).recovered(0.5, "up_to_sign") == 6
+
+
+def test_equal_seeds_give_equal_beliefs():
+    model, theta, _ = problem()
+    first, again, other = (passing(model, theta, 4, seed=s).run(5) for s in (1, 1, 2))
+    assert torch.equal(first.X, again.X) and first.history == again.history
+    assert not torch.equal(first.X, other.X)
+
+
+def test_starts_by_message_passing_need_a_second_moment():
+    model, theta, _ = problem(name="tanh")
+    with pytest.raises(ValueError, match="second moment"):
+        reconstruct(model, theta, 4, start="messages", progress=False)
+    with pytest.raises(ValueError, match="start must be one of"):
+        reconstruct(model, theta, 4, start="spectral", progress=False)
+
+
+def test_below_the_threshold_and_on_request_starts_are_random():
+    for ratio, start in ((0.8, "auto"), (1.5, "random")):
+        model, theta, _ = problem(ratio=ratio)
+        found = reconstruct(model, theta, 4, start=start, restarts=2, max_steps=3, progress=False)
+        assert "message passing" not in {stage["stage"] for stage in found.stages}
