@@ -11,6 +11,7 @@ finds it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class Training:
         reached: whether it is below the target.
         status: the outcome in words.
         residual_at_truth: projection loss of theta at the training data; 0 if only the last layer
-            moved.
+            moved, NaN if nothing did.
         shares: (n,) float64, how much that loss rises when a training sample is left out. Samples
             with a share far below `residual_at_truth` are beyond reach.
         drift: relative change of the training data's features, ||Phi(T) - Phi(0)|| / ||Phi(0)||.
@@ -269,15 +270,20 @@ def _record(
             f"not trained: {trace.status} at loss {trace.loss:.1e}, "
             f"above the target {options['target']:.0e}"
         )
-    truth = Linearization(features, theta, X)
+    if bool(theta.any()):
+        truth = Linearization(features, theta, X)
+        residual = truth.loss
+        shares = removal_costs(truth.gram_inverse, truth.alpha) / truth.total_square
+    else:  # nothing moved, for instance since no neuron is active: there is nothing to explain
+        residual, shares = math.nan, torch.zeros(len(X), dtype=torch.float64, device=X.device)
     return Training(
         features=features,
         theta=theta,
         loss=trace.loss,
         reached=reached,
         status=status,
-        residual_at_truth=truth.loss,
-        shares=removal_costs(truth.gram_inverse, truth.alpha) / truth.total_square,
+        residual_at_truth=residual,
+        shares=shares,
         drift=drift,
         steps=trace.steps,
         seconds=trace.seconds,

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -239,3 +241,16 @@ def test_labels_and_inputs_that_do_not_fit_are_refused():
     for act, error, message in cases:
         with pytest.raises(error, match=message):
             act()
+
+
+def test_a_network_without_an_active_neuron_is_reported_as_not_trained():
+    data = sphere(3, 5, seed=0)
+    network = TwoLayer(5, 1, seed=0)
+    with torch.no_grad():
+        # The one neuron has input -1 at every sample: it is never active and has no gradient.
+        network.body[0].weight.copy_(-torch.linalg.lstsq(data.X, torch.ones(3, 1)).solution.T)
+    assert bool((data.X @ network.body[0].weight.T < 0).all())
+    outcome = train(network, data.X, data.y, max_steps=20, progress=False)
+    assert not outcome.reached and outcome.status.startswith("not trained")
+    assert not outcome.theta.any() and not outcome.shares.any()
+    assert math.isnan(outcome.residual_at_truth)
