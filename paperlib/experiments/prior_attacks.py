@@ -19,7 +19,7 @@ from paperlib.checks import check_count, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
 from paperlib.feature_map import FeatureMap
-from paperlib.first_layer_attack import first_layer_attack
+from paperlib.first_layer_attack import LADDER, first_layer_attack
 from paperlib.gradient_features import GradientFeatures
 from paperlib.kkt_attack import kkt_attack
 from paperlib.min_norm import fit_min_norm
@@ -161,15 +161,17 @@ def run_attack(
         ]
         return min(records, key=lambda r: r.loss), sum(r.passes for r in records)
     best, spent, k = None, 0, 0
+    # More samples take longer searches, which a larger budget affords: 30 for 1,000, at most 50.
+    length = min(50, max(1, 3 * budget // 100))
     while best is None or (spent < TRIES * budget and not best.explained):
         if attack == "first layer":
             record = first_layer_attack(
                 features,
                 theta,
                 n,
-                starts=30,
-                steps=30,
-                rounds=max(1, TRIES * budget // (60 * 7)),
+                starts=length,
+                steps=length,
+                rounds=max(1, TRIES * budget // (2 * length * len(LADDER))),
                 seed=1000 * k + seed,
                 progress=False,
             )
