@@ -19,6 +19,9 @@ from paperlib.frames import Frames
 
 GAP_PIXELS = 4
 
+# From how many pictures of a film its palette is made.
+PALETTE_FRAMES = 5
+
 
 def picture_rows(rows: Sequence[np.ndarray], *, height: int = 64, columns: int = 10) -> Image.Image:
     """Rows of pictures under one another on white, every pixel a sharp square.
@@ -128,11 +131,13 @@ def save_animation(
     check_positive("hold", hold)
     folder = figures_folder() if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # One palette, from the last picture beside the first: it must hold the colours of both.
-    both = Image.new("RGB", (images[0].width, 2 * images[0].height))
-    both.paste(images[-1], (0, 0))
-    both.paste(images[0], (0, images[0].height))
-    palette = both.quantize(colours, method=Image.Quantize.MEDIANCUT)
+    # One palette from a few of them side by side: it must hold the colours of all.
+    few = [images[k * (len(images) - 1) // (PALETTE_FRAMES - 1)] for k in range(PALETTE_FRAMES)]
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width, height * len(few)))
+    for k, image in enumerate(few):
+        sheet.paste(image, (0, k * height))
+    palette = sheet.quantize(colours, method=Image.Quantize.MEDIANCUT)
     frames = [
         image.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for image in images
     ]

@@ -14,13 +14,14 @@ from paperlib.data.cifar10 import CLASSES as CIFAR10_CLASSES
 from paperlib.data.photographs import SOURCES as PHOTOGRAPHS
 from paperlib.identifiability import (
     coefficients,
+    independent_rows,
     jacobian_spectrum,
     least_parameters,
     unknowns,
 )
 from paperlib.losses import loss_named
 from paperlib.networks import TwoLayer
-from paperlib.reconstruct import independent_rows, reconstruct
+from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.releases import combine_releases
 from paperlib.training import LAYERS, Training, train
