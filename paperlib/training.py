@@ -131,16 +131,16 @@ def train(
         after, drift = before, 0.0
     else:
         del before
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        trace = gradient_descent(
-            lambda: chosen.value(network(X), targets),
-            parameters,
-            target=options["target"],
-            max_steps=options["max_steps"],
-            momentum=options["momentum"],
-            step_scale=options["step_scale"],
-            progress=progress,
-        )
+        with network.in_span(X) as (trained, rows):
+            trace = gradient_descent(
+                lambda: chosen.value(trained(rows), targets),
+                [p for p in trained.parameters() if p.requires_grad],
+                target=options["target"],
+                max_steps=options["max_steps"],
+                momentum=options["momentum"],
+                step_scale=options["step_scale"],
+                progress=progress,
+            )
         after = network.feature_map()
         drift = float((after.features(X) - features_0).norm() / features_0.norm())
     return _record(after, network.theta, X, trace, drift, options)

@@ -183,6 +183,37 @@ def test_wider_networks_drift_less():
     assert runs[1].residual_at_truth < 0.1 * runs[0].residual_at_truth
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_training_in_the_span_of_the_data_takes_the_same_steps(momentum):
+    data = digits(5, labels="one-hot", seed=0, dtype=torch.float64)
+    direct, spanned = (TwoLayer(64, 60, 10, dtype=torch.float64) for _ in range(2))
+    options = {"target": 1e-30, "max_steps": 8, "momentum": momentum}
+    trace = gradient_descent(
+        lambda: (direct(data.X) - data.y).square().mean(),
+        list(direct.parameters()),
+        step_scale=0.5,
+        **options,
+    )
+    run = train(spanned, data.X, data.y, step_scale=0.5, **options)
+    # The two measure the curvature from different random starts, so steps differ by percents.
+    assert run.steps == trace.steps == 8
+    assert run.loss == pytest.approx(trace.loss, rel=0.2)
+    start = TwoLayer(64, 60, 10, dtype=torch.float64).body[0].weight.detach()
+    moves = [network.body[0].weight.detach() - start for network in (direct, spanned)]
+    assert float((moves[0] - moves[1]).norm() / moves[0].norm()) < 0.05
+    inside = data.X.T @ torch.linalg.pinv(data.X.T)  # projector on span{x_i}
+    assert torch.allclose(moves[1] @ inside, moves[1], atol=1e-12)
+    value = (spanned(data.X) - data.y).square().mean()
+    assert float(value.detach()) == pytest.approx(run.loss, rel=1e-9)
+
+
+def test_more_samples_than_dimensions_train_without_a_span():
+    data = digits(70, labels="one-hot", seed=0)
+    network = TwoLayer(64, 20, 10)
+    with network.in_span(data.X) as (trained, rows):
+        assert trained is network and rows is data.X
+
+
 def test_cross_entropy_through_all_layers():
     data = digits(4, labels="one-hot", seed=0)
     run = train(TwoLayer(64, 400, 10), data.X, data.y, loss="cross-entropy")

@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
-from paperlib.compare import Comparison, compare
-from paperlib.data import DataSet, cifar10, digits, faces, photographs
-from paperlib.networks import TwoLayer
-from paperlib.reconstruct import reconstruct
-from paperlib.record import Reconstruction
-from paperlib.training import LAYERS, Training, train
-
-DATA_SETS = {"digits": digits, "faces": faces, "photographs": photographs, "cifar10": cifar10}
-
-LABELS = ("one-hot", "binary")
-
-# What a cell with fewer features than samples cannot have: their span holds any theta.
-ATTACK_RESULTS = (
-    "residual_at_truth",
-    "signed_error",
-    "up_to_sign_error",
-    "published_error",
-    "largest_error",
-    "recovered",
-    "projection_loss",
-    "explained",
-    "attack_seconds",
+from paperlib.experiments.network import (
+    ATTACK_RESULTS,
+    DATA_SETS,
+    LABELS,
+    Attacked,
+    attack_network,
+    check_named,
+    check_network_options,
+    load_data,
+    network_results,
+    outputs_of,
+    width_for,
 )
+from paperlib.networks import TwoLayer
 
-
-@dataclass(frozen=True)
-class Attacked:
-    """A trained network and what was read back from it.
-
-    Attributes:
-        data: the training data.
-        network: after training.
-        training: what training left.
-        record: of the attack; None for a network with fewer neurons than samples.
-        errors: the samples matched with the data; None as `record`.
-    """
-
-    data: DataSet
-    network: TwoLayer
-    training: Training
-    record: Reconstruction | None
-    errors: Comparison | None
+__all__ = [
+    "ATTACK_RESULTS",
+    "DATA_SETS",
+    "LABELS",
+    "Attacked",
+    "attack_two_layer",
+    "check_two_layer_cell",
+    "run_two_layer_cell",
+]
 
 
 def attack_two_layer(
@@ -89,24 +66,20 @@ def attack_two_layer(
         tolerance: projection loss at which no more starts are made.
         device: where to compute, such as "cpu" or "cuda".
     """
-    data = DATA_SETS[dataset](n, labels=labels, seed=seed)
-    X, y = data.X.to(device), data.y.to(device)
-    outputs = y.shape[1] if y.ndim == 2 else 1
-    width = max(1, round(p_over_dn * data.d * n / outputs))
-    network = TwoLayer(data.d, width, outputs, activation=activation, seed=seed, device=device)
-    training = train(network, X, y, layers=layers, momentum=momentum, max_steps=max_train_steps)
-    if width < n:
-        return Attacked(data, network, training, None, None)
-    record = reconstruct(
-        training.features,
-        training.theta,
-        n,
-        seed=seed,
+    data = load_data(dataset, n, labels=labels, seed=seed)
+    C = outputs_of(data)
+    width = width_for(data, C, p_over_dn)
+    network = TwoLayer(data.d, width, C, activation=activation, seed=seed, device=device)
+    return attack_network(
+        data,
+        network,
+        layers=layers,
+        momentum=momentum,
+        max_train_steps=max_train_steps,
         restarts=restarts,
         max_steps=max_steps,
         tolerance=tolerance,
     )
-    return Attacked(data, network, training, record, compare(data.X, record.samples))
 
 
 def run_two_layer_cell(
@@ -127,14 +100,7 @@ def run_two_layer_cell(
     """One cell of a sweep over `attack_two_layer`, whose arguments it takes.
 
     Returns:
-        `d`, `outputs` (C), `width` (p), `parameters` (C p, of the last layer), `numbers` (what
-        must be found: n (d - 1) for directions and n C for coefficients), `training_loss`,
-        `relative_loss` (1 for a model that says zero), `trained` (whether the loss reached
-        1e-7), `training_steps`, `drift` (relative move of the data's features) and
-        `training_seconds`; then, None where p < n, `residual_at_truth`, `signed_error`,
-        `up_to_sign_error`, `published_error` (means of `compare`), `largest_error` (signed, of
-        the worst sample), `recovered` (signed error at most 0.05), `projection_loss`,
-        `explained` (whether it is below `tolerance`) and `attack_seconds`.
+        `width` (p) and what `network_results` tells.
     """
     run = attack_two_layer(
         n,
@@ -151,33 +117,7 @@ def run_two_layer_cell(
         tolerance=tolerance,
         device=device,
     )
-    d, C, width = run.data.d, run.network.outputs, run.network.p
-    result = {
-        "d": d,
-        "outputs": C,
-        "width": width,
-        "parameters": C * width,
-        "numbers": n * (d - 1 + C),
-        "training_loss": run.training.loss,
-        "relative_loss": run.training.loss / float(run.data.y.double().square().mean()),
-        "trained": run.training.reached,
-        "training_steps": run.training.steps,
-        "drift": run.training.drift,
-        "training_seconds": run.training.seconds,
-    }
-    if run.record is None:
-        return result | dict.fromkeys(ATTACK_RESULTS)
-    return result | {
-        "residual_at_truth": run.training.residual_at_truth,
-        "signed_error": run.errors.signed_error,
-        "up_to_sign_error": run.errors.up_to_sign_error,
-        "published_error": run.errors.published_error,
-        "largest_error": float(run.errors.signed.max()),
-        "recovered": run.errors.recovered(),
-        "projection_loss": run.record.loss,
-        "explained": run.record.explained,
-        "attack_seconds": run.record.seconds,
-    }
+    return {"width": run.network.p} | network_results(run)
 
 
 def check_two_layer_cell(
@@ -201,28 +141,18 @@ def check_two_layer_cell(
         ValueError: for a count below 1, a ratio that is not positive, a momentum outside [0, 1),
             an unknown name or device.
     """
-    counts = {
-        "n": n,
-        "max_train_steps": max_train_steps,
-        "restarts": restarts,
-        "max_steps": max_steps,
-    }
-    for name, value in counts.items():
-        check_count(name, value)
-    check_count("seed", seed, least=0)
-    check_positive("p_over_dn", p_over_dn)
-    check_positive("tolerance", tolerance, below=1.0)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    for name, value, known in (
-        ("dataset", dataset, tuple(DATA_SETS)),
-        ("labels", labels, LABELS),
-        ("layers", layers, LAYERS),
-        ("activation", activation, activation_names()),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
+    check_network_options(
+        n=n,
+        p_over_dn=p_over_dn,
+        dataset=dataset,
+        labels=labels,
+        layers=layers,
+        seed=seed,
+        momentum=momentum,
+        max_train_steps=max_train_steps,
+        restarts=restarts,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        device=device,
+    )
+    check_named("activation", activation, activation_names())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,33 @@ class Network(nn.Module):
             **options: for `ModuleFeatures`.
         """
         return ModuleFeatures(self.body, self.d, **options)
+
+    @torch.no_grad()
+    def scale_head(self, factor: float) -> None:
+        """Multiply the last layer at initialisation by `factor`, before any training.
+
+        The layers below learn through the last one, so they move less the smaller it starts: at 0
+        (as in Zhang, Dauphin and Ma, "Fixup initialization", 2019) only through what it has learnt.
+
+        Args:
+            factor: at least 0; 1 leaves N(0, 1 / p).
+        """
+        if not 0 <= factor < float("inf"):
+            raise ValueError(f"factor must be finite and at least 0, got {factor}")
+        self.theta_0.mul_(factor)
+        self.head.weight.copy_(self.theta_0)
+
+    @contextmanager
+    def in_span(self, X: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """A module and rows of it on which full-batch gradient descent takes this network's steps.
+
+        What was trained inside is written back at the end. Here the network and X themselves; a
+        network whose first layer is linear can do with fewer numbers.
+
+        Args:
+            X: (n, d) training inputs.
+        """
+        yield self, X
 
     @property
     def theta(self) -> Tensor:

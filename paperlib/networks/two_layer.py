@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +62,29 @@ class TwoLayer(Network):
             **options: for `GivenFeatures`.
         """
         return GivenFeatures(self.body[0].weight, self.activation, **options)
+
+    @contextmanager
+    def in_span(self, X: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Both layers, W1 in coordinates of the span of the n < d training inputs.
+
+        The gradient with respect to W1 is a sum of (something) x_i^T, so gradient descent changes
+        no row of W1 but by vectors of span{x_i}. With orthonormal columns of Q (d, n) that span
+        it, W1 x_i = (W1 Q) (Q^T x_i): training W1 Q (width, n) on the rows X Q takes the same
+        steps for an n / d of the memory and work.
+        """
+        n, d = X.shape
+        if n >= d:
+            yield self, X
+            return
+        weight = self.body[0].weight
+        Q = torch.linalg.qr(X.double().T).Q.to(X)
+        inner = nn.utils.skip_init(nn.Linear, n, self.p, bias=False, device=X.device, dtype=X.dtype)
+        with torch.no_grad():
+            inner.weight.copy_(weight @ Q)
+        start = inner.weight.detach().clone()
+        yield nn.Sequential(inner, self.body[1], self.head), X @ Q
+        with torch.no_grad():
+            weight.addmm_(inner.weight - start, Q.T)
 
 
 class Pointwise(nn.Module):
