@@ -109,7 +109,10 @@ def test_committed_notebook(path):
     assert faults(path) == []
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+PROFILE_FOLDERS = {path.name for path in (ROOT / "notebooks/parameters").glob("*/")}
+
+
+@pytest.mark.parametrize("profile", sorted({*PROFILES, *PROFILE_FOLDERS}))
 def test_parameter_files_fit_their_notebooks(profile):
     check(find_jobs(ROOT, profile))
 

@@ -58,10 +58,25 @@ class Attacked:
     errors: Comparison | None
 
 
-def load_data(dataset: str, n: int, *, labels: str, seed: int) -> DataSet:
-    """The chosen data set: all ten classes of CIFAR-10 for one-hot labels, else frog and truck."""
-    every_class = {"classes": "all"} if dataset == "cifar10" and labels == "one-hot" else {}
-    return DATA_SETS[dataset](n, labels=labels, seed=seed, **every_class)
+def load_data(
+    dataset: str, n: int, *, labels: str, seed: int, per_channel: bool = False
+) -> DataSet:
+    """The chosen data set.
+
+    Args:
+        dataset: a name of `DATA_SETS`.
+        n: number of samples.
+        labels: "binary" or "one-hot". CIFAR-10 is frogs and trucks for the one, all ten classes
+            for the other.
+        seed: chooses the samples.
+        per_channel: standardise every colour channel of CIFAR-10 by itself.
+    """
+    options = {}
+    if dataset == "cifar10":
+        options["per_channel"] = per_channel
+        if labels == "one-hot":
+            options["classes"] = "all"
+    return DATA_SETS[dataset](n, labels=labels, seed=seed, **options)
 
 
 def width_for(data: DataSet, outputs: int, p_over_dn: float, *, positions: int = 1) -> int:

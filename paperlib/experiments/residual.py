@@ -81,8 +81,9 @@ def attack_residual(
 ) -> Attacked:
     """Trains a residual network by gradient descent and attacks its last layer.
 
-    Section 5 of arXiv 2509.22214. The attack knows the layers below the last, theta = W(T) - W(0)
-    and n. Weights, data and candidates are independent streams of the one seed.
+    Section 5 of arXiv 2509.22214, where pictures are standardised by channel, as here. The attack
+    knows the layers below the last, theta = W(T) - W(0) and n. Weights, data and candidates are
+    independent streams of the one seed.
 
     Args:
         n: number of training samples.
@@ -102,7 +103,7 @@ def attack_residual(
         tolerance: projection loss at which no more starts are made.
         device: where to compute, such as "cpu" or "cuda".
     """
-    data = load_data(dataset, n, labels=labels, seed=seed)
+    data = load_data(dataset, n, labels=labels, seed=seed, per_channel=True)
     network = residual_network(
         data, p_over_dn, blocks=blocks, head_scale=head_scale, seed=seed, device=device
     )
@@ -140,8 +141,9 @@ def run_residual_cell(
 
     Returns:
         `width` (channels), what `network_results` tells, and, None where p < n, `near` (samples
-        with a signed error below 0.2), `errors` (signed, sample by sample) and `shares` (how much
-        the projection loss at the trained features rises without each sample).
+        with a signed error below 0.2), `errors` (signed, sample by sample), `shares` (how much
+        the projection loss at the trained features rises without each sample) and `matched`
+        (the reconstruction of each sample).
     """
     run = attack_residual(
         n,
@@ -162,11 +164,12 @@ def run_residual_cell(
     )
     result = {"width": run.network.p // POSITIONS**2} | network_results(run)
     if run.record is None:
-        return result | dict.fromkeys(("near", "errors", "shares"))
+        return result | dict.fromkeys(("near", "errors", "shares", "matched"))
     return result | {
         "near": run.errors.recovered(0.2),
         "errors": run.errors.signed.tolist(),
         "shares": run.training.shares.tolist(),
+        "matched": run.errors.matched.tolist(),
     }
 
 
@@ -251,7 +254,7 @@ def run_drift_cell(
         `residual_at_truth`, `weakest` (the smallest share of a sample over that residual) and
         `residuals`, the residual at the truth for each of `known`.
     """
-    data = load_data(dataset, n, labels=labels, seed=seed)
+    data = load_data(dataset, n, labels=labels, seed=seed, per_channel=True)
     network = residual_network(
         data, p_over_dn, blocks=blocks, head_scale=head_scale, seed=seed, device=device
     )
