@@ -23,10 +23,14 @@ from paperlib.feature_map import FeatureMap
 from paperlib.random_features import RandomFeatures
 from paperlib.given_features import GivenFeatures
 from paperlib.module_features import ModuleFeatures
+from paperlib.subspace import SubspaceFeatures
 from paperlib.networks import ResNet, TwoLayer, VisionTransformer
 from paperlib.gradient_features import GradientFeatures
 from paperlib.min_norm import fit_min_norm
 from paperlib.training import Training, train, train_last_layer
+
+# What an attacker may know of the data: a subspace near which they lie.
+from paperlib.bases import cosine_basis, principal_basis
 
 # What is released of the parameters.
 from paperlib.quantise import quantise
@@ -93,6 +97,7 @@ __all__ = [
     "Reconstruction",
     "ResNet",
     "SampleCount",
+    "SubspaceFeatures",
     "Training",
     "TwoLayer",
     "VisionTransformer",
@@ -103,6 +108,7 @@ __all__ = [
     "cifar10",
     "combine_releases",
     "compare",
+    "cosine_basis",
     "digits",
     "estimate_sample_count",
     "export_results",
@@ -120,6 +126,7 @@ __all__ = [
     "ntk_attack",
     "parameter_jacobian",
     "photographs",
+    "principal_basis",
     "projection_loss",
     "protections",
     "quantise",
