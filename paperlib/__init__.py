@@ -40,6 +40,7 @@ from paperlib.projection import projection_loss
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
+from paperlib.known_samples import reconstruct_unknown
 from paperlib.releases import combine_releases, release_spectrum
 
 # Earlier attacks on all layers, and one that takes the first layer apart.
@@ -133,6 +134,7 @@ __all__ = [
     "random_baseline",
     "read_store",
     "reconstruct",
+    "reconstruct_unknown",
     "release_spectrum",
     "save_animation",
     "save_figure",
