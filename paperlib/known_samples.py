@@ -18,9 +18,10 @@ from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.identifiability import independent_rows
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.projection import Linearization
-from paperlib.reconstruct import independent_rows, reconstruct
+from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction, conclude
 from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
