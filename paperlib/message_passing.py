@@ -35,7 +35,7 @@ from torch import Tensor
 from paperlib.elimination import removal_costs
 from paperlib.feature_map import FeatureMap
 from paperlib.projection import Linearization
-from paperlib.spectral_start import SpectralStart
+from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
 
 # Grid of the one-dimensional integrals, in standard deviations of the belief.
@@ -120,7 +120,7 @@ class MessagePassing:
         self.y = whiten(theta).float()
         self.C, self.p = self.y.shape
         self.mu = model.linear_coefficient
-        c_2 = math.sqrt(2) * model.activation.hermite_coefficients(2)[2]
+        c_2 = second_moment_coefficient(model)
         self.spectral = SpectralStart(model, c_2, dtype=self.dtype)
         device = self.y.device
         self.t = torch.linspace(-REACH, REACH, NODES, device=device)

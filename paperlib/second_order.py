@@ -33,6 +33,7 @@ from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reseed import reseed_least_useful
 from paperlib.signs import settle_signs
+from paperlib.spectral_start import second_moment_coefficient
 from paperlib.sphere import random_on_sphere
 from paperlib.streams import stream
 
@@ -118,7 +119,7 @@ class SecondOrderSolver:
         self.ratio = numbers_per_unknown(model, theta, n)
         possible = (
             hasattr(model, "weight_blocks")
-            and abs(model.activation.hermite_coefficients(2)[2]) > LEAST_SECOND_MOMENT
+            and abs(second_moment_coefficient(model)) > LEAST_SECOND_MOMENT
         )
         if start == "messages" and not possible:
             raise ValueError(

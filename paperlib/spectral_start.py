@@ -17,6 +17,8 @@ formulas for their overlap with the truth are those of Benaych-Georges and Nadak
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ from paperlib.feature_map import FeatureMap
 
 # A direction inside the bulk of the spectrum still begins with a little overlap.
 LEAST_OVERLAP, MOST_OVERLAP = 0.15, 0.98
+
+
+def second_moment_coefficient(model: FeatureMap) -> float:
+    """c_2 = E[act(z) (z^2 - 1)], sqrt(2) times the Hermite coefficient of order two."""
+    return math.sqrt(2) * model.activation.hermite_coefficients(2)[2]
 
 
 class SpectralStart:
