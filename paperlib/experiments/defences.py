@@ -124,10 +124,13 @@ def defend_and_attack(
         weights = torch.cat([V for _, V in model.weight_blocks()])
         attacked = GivenFeatures(weights[kept], activation)
         theta = theta[:, kept]
+    # Message passing costs more than everything else here, and most of these theta are explained by
+    # no data, so that no start ends early.
     record = reconstruct(
         attacked,
         theta,
         count,
+        start="random",
         seed=seed,
         restarts=restarts,
         max_steps=max_steps,
