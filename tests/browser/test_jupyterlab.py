@@ -64,7 +64,7 @@ def test_chapter_0_runs_from_the_menu(browser, open_notebook):
     assert browser.run(STATE)["last"] == ""
 
     choose(browser, "Run", "Run All Cells")
-    state = browser.wait(partial(finished, counts=[*range(1, cells + 1)]), 900, "the last cell")
+    state = browser.wait(partial(finished, counts=[*range(1, cells + 1)]), 1800, "the last cell")
     assert state["errors"] == []
     assert "10 of 10 pictures" in state["last"]
     assert browser.outside() == []
