@@ -98,7 +98,14 @@ def run_subspace_cell(
     theta = fit_min_norm(model, X, y)
     attack = SubspaceFeatures(model, basis)
     record = reconstruct(
-        attack, theta, n, seed=seed, restarts=restarts, max_steps=max_steps, progress=False
+        attack,
+        theta,
+        n,
+        seed=seed,
+        start="random",
+        restarts=restarts,
+        max_steps=max_steps,
+        progress=False,
     )
     nearest = attack.inputs(attack.coordinates(X))
     samples = attack.inputs(record.samples)
@@ -236,6 +243,7 @@ def attack_pictures(
         theta,
         n,
         seed=seed,
+        start="random",
         restarts=restarts,
         max_steps=max_steps,
         tolerance=1e-6,

@@ -144,6 +144,7 @@ def attack_network(
         training.theta,
         n,
         seed=network.seed,
+        start="random",  # what every network can do, with weights V or without
         restarts=restarts,
         max_steps=max_steps,
         tolerance=tolerance,
