@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
+from paperlib.weight_gram import WeightGram
 
 REFINEMENTS = 6
 
@@ -34,28 +35,13 @@ class Lift:
         Two passes over V with d columns, and a few with C columns: rounding V to `dtype` makes
         the projection inexact, which `REFINEMENTS` steps of iterative refinement mend in theta.
         """
-        gram = torch.zeros(model.d, model.d, dtype=torch.float64, device=theta.device)
-        for block in model.blocks(dtype=dtype):
-            gram += block.weights.T @ block.weights
-        model.sum_over_processes([gram])
-        gram = 0.5 * (gram + gram.T)
-        self.gram, self.dtype = gram, dtype
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+        self.dtype, self.weight_gram = dtype, WeightGram(model, dtype=dtype)
+        self.gram, self.inverse = self.weight_gram.gram, self.weight_gram.inverse
         self.inverse32 = self.inverse.float()
         self.theta = theta.clone()
         for _ in range(REFINEMENTS if dtype is torch.bfloat16 else 2):
-            w = self.inverse @ self._linear_part(model, dtype)
+            w = self.inverse @ self.weight_gram.products(self.theta).T.contiguous()
             for block in model.blocks(dtype=dtype):
                 part = slice(block.start, block.stop)
                 V = block.weights
                 self.theta[:, part] -= (w.T.to(V.dtype) @ V.T).to(theta.dtype)
-
-    def _linear_part(self, model: FeatureMap, dtype: torch.dtype) -> Tensor:
-        product = torch.zeros(
-            model.d, len(self.theta), dtype=torch.float64, device=self.theta.device
-        )
-        for block in model.blocks(dtype=dtype):
-            V = block.weights
-            product += (self.theta[:, block.start : block.stop].to(V.dtype) @ V).T
-        model.sum_over_processes([product])
-        return product

@@ -37,6 +37,7 @@ from paperlib.feature_map import FeatureMap
 from paperlib.projection import Linearization
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
+from paperlib.weight_gram import WeightGram
 
 # Grid of the one-dimensional integrals, in standard deviations of the belief.
 NODES, REACH = 31, 4.5
@@ -94,6 +95,8 @@ def whiten(theta: Tensor) -> Tensor:
 class MessagePassing:
     """Beliefs about n samples, given V and theta."""
 
+    damping = DAMPING
+
     def __init__(
         self,
         model: FeatureMap,
@@ -103,6 +106,7 @@ class MessagePassing:
         generator: torch.Generator,
         jitter: float = 0.3,
         dtype: torch.dtype | None = None,
+        weight_gram: WeightGram | None = None,
     ):
         """Begin at the outlying eigenvectors of the second moment of theta.
 
@@ -113,6 +117,7 @@ class MessagePassing:
             generator: source of the perturbation of the start.
             jitter: its size, relative to a random direction; 0 starts at the eigenvectors.
             dtype: of the products with V, the model's if None.
+            weight_gram: V^T V in that dtype, where it is there already.
         """
         self.model, self.n = model, n
         self.dtype = model.dtype if dtype is None else dtype
@@ -121,26 +126,33 @@ class MessagePassing:
         self.C, self.p = self.y.shape
         self.mu = model.linear_coefficient
         c_2 = second_moment_coefficient(model)
-        self.spectral = SpectralStart(model, c_2, dtype=self.dtype)
+        self.spectral = SpectralStart(model, c_2, dtype=self.dtype, weight_gram=weight_gram)
         device = self.y.device
         self.t = torch.linspace(-REACH, REACH, NODES, device=device)
         self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
         self.weight = self.log_weight.exp()
         self.spacing = 2 * REACH / (NODES - 1)
 
-        self.L = self.spectral.linear_part(self.y)  # (C, d): sum_i alpha_i mu_1 x_i
+        # The same for every start: the passes over V with d columns are made once.
+        self._linear_start = self.spectral.linear_part(self.y)
+        self._moments = self.spectral.second_moments(self.y)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was learned, and begin again from another perturbation of the start."""
+        device = self.y.device
+        self.L = self._linear_start.clone()  # (C, d): sum_i alpha_i mu_1 x_i
         noise = 0.1 * self.L.square().mean() + 1e-3
         self.L_cov = noise * torch.eye(self.C, device=device)
-        self.X, self.tau, self.alpha = self._fresh(self.y, n)
-        self.g = torch.zeros(n, self.p, device=device)
+        self.X, self.tau, self.alpha = self._fresh(self._moments, self.n)
+        self.g = torch.zeros(self.n, self.p, device=device)
         self.g_L = torch.zeros_like(self.y)
         self.misfit = 0.0
 
-    def _fresh(self, residual: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, variances and coefficients of `count` beliefs from a residual, (C, p)."""
-        directions, overlap, alpha = self.spectral.directions(
-            residual, count, generator=self.generator
-        )
+    def _fresh(self, moments: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Means, variances and coefficients of `count` beliefs from second moments."""
+        parts = self.spectral.directions_of(*moments, count, generator=self.generator)
+        directions, overlap, alpha = (part.to(self.y.dtype) for part in parts)
         d = self.model.d
         noise = torch.randn(count, d, generator=self.generator).to(directions)
         X = to_sphere(math.sqrt(d) * directions + self.jitter * noise)
@@ -247,8 +259,6 @@ class MessagePassing:
             self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING)
         return misses / C
 
-    damping = DAMPING
-
     def revive(self) -> int:
         """Start beliefs that are lost, or double, again from the residual; how many."""
         lost = self.tau > DEAD
@@ -269,7 +279,9 @@ class MessagePassing:
                 omega, omega_L = self._pre_activations(V, part)
                 mean = self._features(omega, self.tau)[1]
                 residual[:, part] = self.y[:, part] - weights.T @ mean - omega_L
-            self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(residual, count)
+            self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(
+                self.spectral.second_moments(residual), count
+            )
             self.g[lost] = 0
         return count
 
@@ -298,6 +310,10 @@ class MessagePassing:
         self.g.zero_()
         self.g_L.zero_()
         self.revive()
+
+    def forget_scores(self) -> None:
+        """Give up what is as large as the features, until the next `begin`."""
+        self.g = self.g_L = self.y.new_empty(0)
 
     def run(
         self, max_iterations: int, *, on_step: Callable[[float, Tensor], None] | None = None

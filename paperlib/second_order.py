@@ -57,7 +57,6 @@ AGREEMENT = 0.9
 NEAR = 2.5
 LEAST_SECOND_MOMENT = 1e-2
 ITERATIONS = 300
-JITTER = 0.3
 
 # Restarts by default, and where every start is made by message passing.
 RESTARTS, RESTARTS_NEAR = 5, 20
@@ -116,6 +115,7 @@ class SecondOrderSolver:
         self.stages: list[dict[str, Any]] = []
         self.passes = 0
         self.lift = self._make_lift(lift)
+        self.passing: MessagePassing | None = None
         self.ratio = numbers_per_unknown(model, theta, n)
         possible = (
             hasattr(model, "weight_blocks")
@@ -214,17 +214,22 @@ class SecondOrderSolver:
         name = "message passing"
         self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
         begun = time.perf_counter()
-        passing = MessagePassing(
-            self.model,
-            self.theta,
-            self.n,
-            generator=self.generator,
-            jitter=JITTER,
-            dtype=self.bulk,
-        )
+        if self.passing is None:
+            shared = self.lift is not None and self.lift.dtype == self.bulk
+            self.passing = MessagePassing(
+                self.model,
+                self.theta,
+                self.n,
+                generator=self.generator,
+                dtype=self.bulk,
+                weight_gram=self.lift.weight_gram if shared else None,
+            )
+        else:
+            self.passing.begin()
         if kept is not None:
-            passing.resume(kept)
-        beliefs = passing.run(ITERATIONS, on_step=self.progress.step)
+            self.passing.resume(kept)
+        beliefs = self.passing.run(ITERATIONS, on_step=self.progress.step)
+        self.passing.forget_scores()
         seconds = time.perf_counter() - begun
         for k, share in enumerate(beliefs.history, 1):
             self.history.append({"restart": restart, "stage": name, "step": k, "loss": share})
@@ -232,16 +237,7 @@ class SecondOrderSolver:
         self._log(
             name, self.bulk, beliefs.ended, beliefs.unexplained, self.n, passes, seconds, restart
         )
-        X = settle_signs(self.model, self.theta, beliefs.X.to(self.theta))
-        self.passes += 2
-        point = self._descend(
-            "finish",
-            X,
-            restart,
-            min(FLOOR[self.model.dtype], self.tolerance),
-            lifted=False,
-            exact=True,
-        )
+        point = self._settle(beliefs.X.to(self.theta), restart)
         point = self._reseed(point, restart)
         return Attempt(point.X, point.loss, restart)
 
@@ -259,17 +255,24 @@ class SecondOrderSolver:
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
-        floor = FLOOR[self.model.dtype]
-        if self.lift is not None:
-            # Signs of samples with a small |alpha| need directions that are exact; a lift in
-            # bfloat16 cannot give them, and the reseeding below has to find such samples.
-            if not brief and self.lift.dtype != torch.bfloat16:
-                X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
-            X = settle_signs(self.model, self.theta, X)
-            self.passes += 2
-        return self._descend(
-            "finish", X, restart, min(floor, self.tolerance), lifted=False, exact=True, brief=brief
-        )
+        if self.lift is None:
+            return self._descend_unlifted(X, restart, brief=brief)
+        # Signs of samples with a small |alpha| need directions that are exact; a lift in
+        # bfloat16 cannot give them, and the reseeding below has to find such samples.
+        if not brief and self.lift.dtype != torch.bfloat16:
+            floor = FLOOR[self.model.dtype]
+            X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
+        return self._settle(X, restart, brief=brief)
+
+    def _settle(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        """Settle the signs of the candidates and minimise the unlifted loss."""
+        X = settle_signs(self.model, self.theta, X)
+        self.passes += 2
+        return self._descend_unlifted(X, restart, brief=brief)
+
+    def _descend_unlifted(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        target = min(FLOOR[self.model.dtype], self.tolerance)
+        return self._descend("finish", X, restart, target, lifted=False, exact=True, brief=brief)
 
     def _descend(
         self,

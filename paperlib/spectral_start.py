@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
+from paperlib.weight_gram import WeightGram
 
 # A direction inside the bulk of the spectrum still begins with a little overlap.
 LEAST_OVERLAP, MOST_OVERLAP = 0.15, 0.98
@@ -36,30 +37,28 @@ def second_moment_coefficient(model: FeatureMap) -> float:
 class SpectralStart:
     """The second moment of whatever the features leave unexplained, and its outliers."""
 
-    def __init__(self, model: FeatureMap, c_2: float, *, dtype: torch.dtype):
-        """Form V^T V once: one pass with d columns.
+    def __init__(
+        self,
+        model: FeatureMap,
+        c_2: float,
+        *,
+        dtype: torch.dtype,
+        weight_gram: WeightGram | None = None,
+    ):
+        """Take V^T V, or form it.
 
         Args:
             model: random features with weights V.
             c_2: E[act(z) (z^2 - 1)], not 0.
             dtype: of the products with V.
+            weight_gram: V^T V in that dtype, where it is there already.
         """
         self.model, self.c_2, self.dtype = model, c_2, dtype
-        gram = torch.zeros(model.d, model.d, dtype=torch.float64, device=model.device)
-        for block in model.blocks(dtype=dtype):
-            gram += block.weights.T @ block.weights
-        model.sum_over_processes([gram])
-        self.gram = 0.5 * (gram + gram.T)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram))
+        self.weight_gram = WeightGram(model, dtype=dtype) if weight_gram is None else weight_gram
 
     def linear_part(self, Y: Tensor) -> Tensor:
         """The w (C, d) for which w V^T is closest to Y (C, p)."""
-        product = torch.zeros(len(Y), self.model.d, dtype=torch.float64, device=Y.device)
-        for block in self.model.blocks(dtype=self.dtype):
-            V = block.weights
-            product += Y[:, block.start : block.stop].to(V.dtype) @ V
-        self.model.sum_over_processes([product])
-        return (product @ self.inverse).to(Y.dtype)
+        return (self.weight_gram.products(Y) @ self.weight_gram.inverse).to(Y.dtype)
 
     def second_moments(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """The matrices M, (C, d, d) float64, and the scale s of their noise (per output, rms)."""
@@ -75,7 +74,7 @@ class SpectralStart:
                 M[c] += (V.T * rest[c].to(V.dtype)) @ V
         model.sum_over_processes([M, sums])
         mean, square = sums / model.p
-        M -= mean[:, None, None] * self.gram
+        M -= mean[:, None, None] * self.weight_gram.gram
         M *= model.d / model.p
         scale = ((square - mean.square()).mean().clamp(min=0) * model.d / model.p).sqrt()
         return 0.5 * (M + M.mT), scale
@@ -83,13 +82,21 @@ class SpectralStart:
     def directions(
         self, Y: Tensor, count: int, *, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The `count` strongest directions in Y, (C, p).
+        """The `count` strongest directions in Y, (C, p); see `directions_of`."""
+        parts = self.directions_of(*self.second_moments(Y), count, generator=generator)
+        return tuple(part.to(Y.dtype) for part in parts)
+
+    def directions_of(
+        self, M: Tensor, s: Tensor, count: int, *, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The `count` strongest directions of second moments.
 
         Singular vectors of samples that are equally strong over all outputs are mixed. A random
         combination of the outputs tells them apart.
 
         Args:
-            Y: what is left unexplained.
+            M: (C, d, d) float64, of `second_moments`.
+            s: the scale of their noise.
             count: how many directions.
             generator: source of that combination.
 
@@ -97,8 +104,7 @@ class SpectralStart:
             Unit vectors (count, d); the square of their expected overlap with a sample (count,);
             the coefficients (count, C) of the samples they stand for.
         """
-        M, s = self.second_moments(Y)
-        C = len(Y)
+        C = len(M)
         square = torch.einsum("cij,cjk->ik", M, M)
         U = torch.linalg.eigh(square).eigenvectors[:, -count:].T
         if C > 1:
@@ -117,5 +123,4 @@ class SpectralStart:
         overlap = 1 - (1 + behind) / (C * behind * (behind + 1 / C))
         shrink = (behind / observed).sqrt()
         alpha = torch.einsum("ki,cij,kj->kc", U, M, U) * shrink[:, None] / self.c_2
-        overlap = overlap.clamp(LEAST_OVERLAP, MOST_OVERLAP)
-        return U.to(Y.dtype), overlap.to(Y.dtype), alpha.to(Y.dtype)
+        return U, overlap.clamp(LEAST_OVERLAP, MOST_OVERLAP), alpha
