@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_device, check_positive, check_range
-from paperlib.compare import Comparison, compare
+from paperlib.checks import check_count, check_device, check_named, check_positive, check_range
 from paperlib.data import DataSet, cifar10, digits, photographs
 from paperlib.data.cifar10 import CLASSES as CIFAR10_CLASSES
 from paperlib.data.photographs import SOURCES as PHOTOGRAPHS
+from paperlib.experiments.network import Attacked, attack_network, width_for
 from paperlib.identifiability import (
     coefficients,
     independent_rows,
@@ -21,10 +19,8 @@ from paperlib.identifiability import (
 )
 from paperlib.losses import loss_named
 from paperlib.networks import TwoLayer
-from paperlib.reconstruct import reconstruct
-from paperlib.record import Reconstruction
 from paperlib.releases import combine_releases
-from paperlib.training import LAYERS, Training, train
+from paperlib.training import LAYERS, train
 
 LOSSES = ("logistic", "cross-entropy", "squared")
 
@@ -45,25 +41,6 @@ ATTACK_RESULTS = (
     "projection_loss",
     "attack_seconds",
 )
-
-
-@dataclass(frozen=True)
-class AttackedClassifier:
-    """A trained classifier and what was read back from it.
-
-    Attributes:
-        data: the training data.
-        network: after training.
-        training: what training left.
-        record: of the attack; None for a network with fewer neurons than samples.
-        errors: the samples matched with the data; None as `record`.
-    """
-
-    data: DataSet
-    network: TwoLayer
-    training: Training
-    record: Reconstruction | None
-    errors: Comparison | None
 
 
 def labelled_data(dataset: str, n: int, outputs: int, *, seed: int = 0) -> DataSet:
@@ -98,7 +75,7 @@ def attack_classifier(
     max_steps: int = 100,
     tolerance: float = 1e-4,
     device: str = "cpu",
-) -> AttackedClassifier:
+) -> Attacked:
     """Trains f(x) = W2 act(W1 x) as a classifier and attacks theta = W2(T) - W2(0).
 
     The attack knows W1(T), theta and n. Weights, data and candidates are independent streams of
@@ -124,31 +101,21 @@ def attack_classifier(
         device: where to compute, such as "cpu" or "cuda".
     """
     data = labelled_data(dataset, n, outputs, seed=seed)
-    X, y = data.X.to(device), data.y.to(device)
-    width = max(1, round(p_over_dn * data.d * n / outputs))
+    width = width_for(data, outputs, p_over_dn)
     network = TwoLayer(data.d, width, outputs, activation=activation, seed=seed, device=device)
-    training = train(
+    return attack_network(
+        data,
         network,
-        X,
-        y,
         loss=loss,
         layers=layers,
         target=target,
         momentum=momentum,
-        max_steps=max_train_steps,
-    )
-    if width < n:
-        return AttackedClassifier(data, network, training, None, None)
-    record = reconstruct(
-        training.features,
-        training.theta,
-        n,
-        seed=seed,
+        max_train_steps=max_train_steps,
+        start="auto",
         restarts=restarts,
         max_steps=max_steps,
         tolerance=tolerance,
     )
-    return AttackedClassifier(data, network, training, record, compare(data.X, record.samples))
 
 
 def run_classification_cell(
@@ -272,8 +239,7 @@ def check_classification_cell(
         ("dataset", dataset, tuple(DATA_SETS)),
         ("activation", activation, activation_names()),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_named(name, value, known)
     if outputs > len(DATA_SETS[dataset][1]):
         most = len(DATA_SETS[dataset][1])
         raise ValueError(f"{dataset} have {most} classes, got outputs = {outputs}")
