@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,13 @@ def check_range(name: str, value: object, *, least: float, below: float = math.i
         upper = " and finite" if below == math.inf else f" and below {below}"
         raise ValueError(f"{name} must be at least {least}{upper}, got {value}")
     return float(value)
+
+
+def check_named(name: str, value: object, known: Iterable[object]) -> None:
+    """One of the known values."""
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

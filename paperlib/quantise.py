@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib.checks import check_count, check_finite
+from paperlib.checks import check_count, check_finite, check_named
 
 # Bits of one parameter; the scales that neighbours share come on top.
 BITS = {"float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "sign": 1}
@@ -41,8 +41,7 @@ def quantise(theta: Tensor, format: str, *, group: int | None = None) -> Tensor:
         raise TypeError(f"theta must be a tensor of floating-point numbers, got {kind}")
     if theta.ndim not in (1, 2) or 0 in theta.shape:
         raise ValueError(f"theta must have shape (p,) or (C, p), got {tuple(theta.shape)}")
-    if format not in BITS:
-        raise ValueError(f"format must be one of {', '.join(BITS)}, got {format!r}")
+    check_named("format", format, BITS)
     check_finite("theta", theta)
     if format in FLOATS:
         if group is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.audit import Audit, audit
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.data import DataSet, digits
 
 LAYERS = ("all", "last")
@@ -81,10 +81,8 @@ def train_and_save(
     # Imported here, as in `load_state_dict`.
     from safetensors.torch import save_file
 
-    if network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
-    if layers not in LAYERS:
-        raise ValueError(f"layers must be one of {', '.join(LAYERS)}, got {layers!r}")
+    check_named("network", network, NETWORKS)
+    check_named("layers", layers, LAYERS)
     check_positive("learning_rate", learning_rate)
     check_positive("target", target)
     make, last_layer, shape = NETWORKS[network]
@@ -126,8 +124,7 @@ def audit_case(case: str, n: int, *, seed: int = 0, **options: Any) -> Audit:
     Raises:
         ValueError: for an unknown case.
     """
-    if case not in CASES:
-        raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
+    check_named("case", case, CASES)
     network, layers = CASES[case]
     make, last_layer, shape = NETWORKS[network]
     data, inputs = standardised_digits(n, seed=seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
 from paperlib.feature_map import FeatureMap
@@ -121,8 +121,7 @@ def defend_and_attack(
     if defence == "pruning":
         # Zeros show which features were pruned; the others are as they were.
         kept = (theta != 0).any(0)
-        weights = torch.cat([V for _, V in model.weight_blocks()])
-        attacked = GivenFeatures(weights[kept], activation)
+        attacked = GivenFeatures(model.V[kept], activation)
         theta = theta[:, kept]
     # Message passing costs more than everything else here, and most of these theta are explained by
     # no data, so that no start ends early.
@@ -313,8 +312,7 @@ def check_defence_cell(
         ("activation", activation, activation_names()),
         ("labels", labels, ("one-hot", "binary")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_named(name, value, known)
     if defence == "quantisation" and strength not in FORMATS:
         raise ValueError(f"bits must be one of {', '.join(map(str, FORMATS))}, got {strength}")
     if defence == "pruning":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paperlib.activations import activation_names
 from paperlib.bases import cosine_basis, principal_basis
-from paperlib.checks import check_count, check_positive, check_range
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, cifar10, photographs, sphere
 from paperlib.min_norm import fit_min_norm
@@ -158,7 +158,7 @@ def check_subspace_cell(
         )
     if round(p_over_kn * k * n) < n:
         raise ValueError(f"p must be at least n = {n}, got {round(p_over_kn * k * n)}")
-    _check_name("activation", activation, activation_names())
+    check_named("activation", activation, activation_names())
 
 
 @dataclass(frozen=True)
@@ -351,11 +351,6 @@ def check_picture_cell(
     for name, value in {"seed": seed, "data_seed": data_seed}.items():
         check_count(name, value, least=0)
     check_positive("p_over_dn", p_over_dn)
-    _check_name("dataset", dataset, ("photographs", "cifar10"))
-    _check_name("basis", basis, tuple(BASES))
-    _check_name("activation", activation, activation_names())
-
-
-def _check_name(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    check_named("dataset", dataset, ("photographs", "cifar10"))
+    check_named("basis", basis, tuple(BASES))
+    check_named("activation", activation, activation_names())

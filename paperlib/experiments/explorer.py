@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive, check_range
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.data import DataSet, digits, faces, photographs
 from paperlib.frames import Frames
 from paperlib.min_norm import fit_min_norm
@@ -76,8 +76,7 @@ class Setting:
         Raises:
             ValueError: for an unknown data set, or n or a seed without sense.
         """
-        if self.dataset not in DATA_SETS:
-            raise ValueError(f"dataset must be one of {', '.join(DATA_SETS)}, got {self.dataset!r}")
+        check_named("dataset", self.dataset, DATA_SETS)
         check_count("n", self.n)
         check_count("seed", self.seed, least=0)
         return DATA_SETS[self.dataset](self.n, seed=self.seed)
@@ -106,11 +105,7 @@ class Setting:
         Raises:
             ValueError: for a value without sense, in words.
         """
-        if self.activation not in activation_names():
-            raise ValueError(
-                f"activation must be one of {', '.join(activation_names())}, "
-                f"got {self.activation!r}"
-            )
+        check_named("activation", self.activation, activation_names())
         check_range("noise", self.noise, least=0)
         data = self.data()
         p = self.parameters(data)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive, check_range
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.given_features import GivenFeatures
@@ -141,9 +141,10 @@ def check_knowledge_cell(
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
     check_range("amount", amount, least=0)
-    _check_names(activation=(activation, activation_names()), lack=(lack, LACKS))
+    check_named("activation", activation, activation_names())
+    check_named("lack", lack, LACKS)
     if lack == "digits":
-        _check_names(format=(format, tuple(BITS)))
+        check_named("format", format, BITS)
     elif format is not None:
         raise ValueError(f"format is for lack='digits', got {format!r} with lack={lack!r}")
     if lack in ("nothing", "digits") and amount != 0:
@@ -226,7 +227,7 @@ def check_informed_cell(
         raise ValueError(f"unknown must be at most n = {n}, got {unknown}")
     if round(p_over_dk * d * unknown) < unknown:
         raise ValueError("p must be at least n: p_over_dk is too small")
-    _check_names(activation=(activation, activation_names()))
+    check_named("activation", activation, activation_names())
 
 
 def run_unlearning_cell(
@@ -311,15 +312,9 @@ def check_unlearning_cell(
     check_positive("p_over_d", p_over_d)
     if round(p_over_d * d) < n:
         raise ValueError(f"p must be at least n = {n}, got {round(p_over_d * d)}")
-    _check_names(activation=(activation, activation_names()))
+    check_named("activation", activation, activation_names())
 
 
 def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         check_count(name, value)
-
-
-def _check_names(**names: tuple[str | None, tuple[str, ...]]) -> None:
-    for name, (value, known) in names.items():
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

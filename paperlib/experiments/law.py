@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.feature_map import FeatureMap
@@ -116,8 +116,7 @@ def check_law_cell(
         ("activation", activation, activation_names()),
         ("solver", solver, tuple(SOLVERS)),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_named(name, value, known)
     try:
         torch.device(device)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, cifar10, digits, faces, photographs
 from paperlib.feature_map import FeatureMap
@@ -15,7 +15,7 @@ from paperlib.networks.network import Network
 from paperlib.projection import Linearization
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
-from paperlib.training import LAYERS, Training, train
+from paperlib.training import LAYERS, TARGET, Training, train
 
 DATA_SETS = {"digits": digits, "faces": faces, "photographs": photographs, "cifar10": cifar10}
 
@@ -101,6 +101,9 @@ def attack_network(
     tolerance: float,
     step_scale: float = 1.0,
     known: float = 1.0,
+    loss: str = "squared",
+    target: float = TARGET,
+    start: str = "random",
 ) -> Attacked:
     """Trains a network by gradient descent and attacks theta = W(T) - W(0), its last layer.
 
@@ -119,22 +122,28 @@ def attack_network(
         step_scale: step size of training times the largest curvature.
         known: which layers below the last the attack uses: 1 for the trained ones, as in the
             paper, 0 for those at initialisation, and weights in between on the straight line.
+        loss: of training, as in `train`.
+        target: training loss at which to stop.
+        start: how the attack starts; "random" is what every network can do, with weights V or
+            without.
     """
     device = network.theta_0.device
     X, y = data.X.to(device), data.y.to(device)
-    start = None if known == 1 else deepcopy(network.body.state_dict())
+    untrained = None if known == 1 else deepcopy(network.body.state_dict())
     training = train(
         network,
         X,
         y,
+        loss=loss,
         layers=layers,
+        target=target,
         momentum=momentum,
         max_steps=max_train_steps,
         step_scale=step_scale,
     )
     features, residual = training.features, training.residual_at_truth
-    if start is not None:
-        features = features_between(network, start, known)
+    if untrained is not None:
+        features = features_between(network, untrained, known)
         residual = Linearization(features, training.theta, X).loss
     n = len(X)
     if network.p < n:
@@ -144,7 +153,7 @@ def attack_network(
         training.theta,
         n,
         seed=network.seed,
-        start="random",  # what every network can do, with weights V or without
+        start=start,
         restarts=restarts,
         max_steps=max_steps,
         tolerance=tolerance,
@@ -247,9 +256,3 @@ def check_network_options(
         torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
-
-
-def check_named(name: str, value: str, known) -> None:
-    """Refuses a value that is not among the known ones."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

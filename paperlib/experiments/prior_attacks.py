@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
 from paperlib.feature_map import FeatureMap
@@ -325,5 +325,4 @@ def check_prior_attack_cell(
         ("activation", activation, activation_names()),
         ("box", box, (True, False)),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        check_named(name, value, known)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from paperlib.activations import activation_names
+from paperlib.checks import check_named
 from paperlib.experiments.network import (
     ATTACK_RESULTS,
     DATA_SETS,
     LABELS,
     Attacked,
     attack_network,
-    check_named,
     check_network_options,
     load_data,
     network_results,
