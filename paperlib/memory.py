@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from paperlib.precision import arithmetic
+
 if TYPE_CHECKING:
     from paperlib.feature_map import FeatureMap
 
@@ -93,7 +95,7 @@ def activation_bytes(
     def kept(dtype: torch.dtype) -> int:
         if keep == INPUTS:
             return bytes_of(dtype, features)
-        return 2 * bytes_of(torch.float32 if dtype == torch.float16 else dtype, features)
+        return 2 * bytes_of(arithmetic(dtype), features)
 
     return max(2 * candidates * kept(bulk), n * (kept(own) + kept(bulk)))
 
