@@ -14,7 +14,7 @@ from PIL import Image
 from paperlib.checks import check_count, check_positive
 from paperlib.compare import compare
 from paperlib.data import DataSet
-from paperlib.figures import figures_folder
+from paperlib.figures import check_pictures, figures_folder
 from paperlib.frames import Frames
 
 GAP_PIXELS = 4
@@ -36,7 +36,7 @@ def picture_rows(rows: Sequence[np.ndarray], *, height: int = 64, columns: int =
     """
     check_count("height", height)
     check_count("columns", columns)
-    tiles = [_tiles(row, height) for row in rows]
+    tiles = [_tiles(check_pictures(str(r), row), height) for r, row in enumerate(rows)]
     if not tiles or len({len(row) for row in tiles}) != 1:
         raise ValueError(
             f"rows must be of one length, at least one: got {[len(row) for row in tiles]}"
@@ -59,11 +59,6 @@ def picture_rows(rows: Sequence[np.ndarray], *, height: int = 64, columns: int =
 
 def _tiles(pictures: np.ndarray, height: int) -> np.ndarray:
     """Pictures as bytes in three colours, enlarged, (n, h, w, 3)."""
-    pictures = np.asarray(pictures, dtype=np.float64)
-    if pictures.ndim not in (3, 4) or not pictures.size:
-        raise ValueError(f"pictures must be (n, H, W) or (n, H, W, 3), got {pictures.shape}")
-    if not (pictures.min() >= 0 and pictures.max() <= 1):
-        raise ValueError("pixels must lie in [0, 1]: use data.images(samples)")
     if pictures.ndim == 3:
         pictures = np.repeat(pictures[..., None], 3, axis=3)
     factor = max(1, height // pictures.shape[1])

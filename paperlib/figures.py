@@ -176,7 +176,7 @@ def image_strip(
     import matplotlib.pyplot as plt
 
     captions = dict(captions or {})
-    rows = {label: _check_pictures(label, pictures) for label, pictures in rows.items()}
+    rows = {label: check_pictures(label, pictures) for label, pictures in rows.items()}
     if not rows:
         raise ValueError("rows must hold at least one row of pictures")
     counts = {label: len(pictures) for label, pictures in rows.items()}
@@ -238,7 +238,8 @@ def _text_width(figure: Figure, text: str, points: float) -> float:
     return extent.width / figure.dpi
 
 
-def _check_pictures(label: str, pictures: np.ndarray) -> np.ndarray:
+def check_pictures(label: str, pictures: np.ndarray) -> np.ndarray:
+    """A row of pictures (n, H, W) or (n, H, W, 3) with pixels in [0, 1], in float64."""
     pictures = np.asarray(pictures, dtype=np.float64)
     colour = pictures.ndim == 4 and pictures.shape[3] == 3
     if not (colour or pictures.ndim == 3) or pictures.size == 0:
