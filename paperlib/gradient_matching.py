@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_positive, check_theta
 from paperlib.gradient_features import GradientFeatures, SmoothReLU
 from paperlib.progress import Progress
-from paperlib.record import Reconstruction
+from paperlib.record import Reconstruction, conclude
 from paperlib.sphere import to_sphere
 
 OPTIMIZERS = ("adam", "sgd")
+
+# Relative loss that counts as explained.
+TOLERANCE = 1e-6
 
 # Records of a descent are thinned to about this many.
 MOST_RECORDS = 400
@@ -191,3 +194,49 @@ def sharpness_at(pair: tuple[float, float], share: float) -> float:
 def outside(X: Tensor, box: tuple[float, float]) -> Tensor:
     """Sum over entries of their distance to the box, over the number of candidates."""
     return ((X - box[1]).clamp_min(0) + (box[0] - X).clamp_min(0)).sum() / len(X)
+
+
+def check_problem(features: GradientFeatures, theta: Tensor, **settings) -> tuple[Tensor, Settings]:
+    """Theta as (1, p), and the settings, checked."""
+    if not isinstance(features, GradientFeatures):
+        raise TypeError(f"features must be GradientFeatures, got {type(features).__name__}")
+    theta = check_theta(theta, features)
+    if len(theta) != 1:
+        raise ValueError(f"theta must have shape (1, {features.p}), got {tuple(theta.shape)}")
+    settings = Settings(**settings)
+    if settings.sharpness is not None:
+        features.smoothed(settings.sharpness[0])  # raises without a ReLU
+    return theta, settings
+
+
+def record_of(features, n, found, options, settings, seconds) -> MatchedGradients:
+    """The record of the best start by loss."""
+    k = min(range(len(found)), key=lambda i: found[i].loss)
+    best, steps = found[k], settings.steps
+    C = features.outputs
+    identifiable = features.p > n * (features.d - 1 + C)
+    return MatchedGradients(
+        samples=best.X,
+        loss=best.loss,
+        status=conclude(best.loss, options["tolerance"], identifiable=identifiable),
+        explained=best.loss <= options["tolerance"],
+        identifiable=identifiable,
+        history=[{"restart": i, **r} for i, run in enumerate(found) for r in run.history],
+        stages=[
+            {
+                "restart": i,
+                "stage": "descent",
+                "dtype": str(features.dtype).removeprefix("torch."),
+                "loss": run.loss,
+                "candidates": len(run.X),
+                "passes": PASSES_PER_STEP * steps,
+                "seconds": run.seconds,
+            }
+            for i, run in enumerate(found)
+        ],
+        passes=PASSES_PER_STEP * steps * len(found),
+        seconds=seconds,
+        restart=k,
+        options=options | vars(settings) | {"model": features.describe()},
+        coefficients=best.A,
+    )

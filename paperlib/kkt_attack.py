@@ -27,8 +27,13 @@ from torch.nn import functional as F
 
 from paperlib.checks import check_count, check_positive, check_range
 from paperlib.gradient_features import GradientFeatures
-from paperlib.gradient_matching import MatchedGradients, match_gradients
-from paperlib.ntk_attack import TOLERANCE, check_problem, record_of
+from paperlib.gradient_matching import (
+    TOLERANCE,
+    MatchedGradients,
+    check_problem,
+    match_gradients,
+    record_of,
+)
 from paperlib.progress import Progress
 from paperlib.streams import stream
 

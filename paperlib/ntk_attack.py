@@ -16,19 +16,17 @@ import time
 import torch
 from torch import Tensor
 
-from paperlib.checks import check_count, check_positive, check_theta
+from paperlib.checks import check_count, check_positive
 from paperlib.gradient_features import GradientFeatures
 from paperlib.gradient_matching import (
-    PASSES_PER_STEP,
+    TOLERANCE,
     MatchedGradients,
-    Settings,
+    check_problem,
     match_gradients,
+    record_of,
 )
 from paperlib.progress import Progress
-from paperlib.record import conclude
 from paperlib.streams import stream
-
-TOLERANCE = 1e-6
 
 
 def ntk_attack(
@@ -109,49 +107,3 @@ def ntk_attack(
                 break
     options = {"attack": "ntk", "n": n, "candidates": m, "seed": seed, "tolerance": tolerance}
     return record_of(features, n, found, options, settings, time.perf_counter() - begun)
-
-
-def check_problem(features: GradientFeatures, theta: Tensor, **settings) -> tuple[Tensor, Settings]:
-    """Theta as (1, p), and the settings, checked."""
-    if not isinstance(features, GradientFeatures):
-        raise TypeError(f"features must be GradientFeatures, got {type(features).__name__}")
-    theta = check_theta(theta, features)
-    if len(theta) != 1:
-        raise ValueError(f"theta must have shape (1, {features.p}), got {tuple(theta.shape)}")
-    settings = Settings(**settings)
-    if settings.sharpness is not None:
-        features.smoothed(settings.sharpness[0])  # raises without a ReLU
-    return theta, settings
-
-
-def record_of(features, n, found, options, settings, seconds) -> MatchedGradients:
-    """The record of the best start by loss."""
-    k = min(range(len(found)), key=lambda i: found[i].loss)
-    best, steps = found[k], settings.steps
-    C = features.outputs
-    identifiable = features.p > n * (features.d - 1 + C)
-    return MatchedGradients(
-        samples=best.X,
-        loss=best.loss,
-        status=conclude(best.loss, options["tolerance"], identifiable=identifiable),
-        explained=best.loss <= options["tolerance"],
-        identifiable=identifiable,
-        history=[{"restart": i, **r} for i, run in enumerate(found) for r in run.history],
-        stages=[
-            {
-                "restart": i,
-                "stage": "descent",
-                "dtype": str(features.dtype).removeprefix("torch."),
-                "loss": run.loss,
-                "candidates": len(run.X),
-                "passes": PASSES_PER_STEP * steps,
-                "seconds": run.seconds,
-            }
-            for i, run in enumerate(found)
-        ],
-        passes=PASSES_PER_STEP * steps * len(found),
-        seconds=seconds,
-        restart=k,
-        options=options | vars(settings) | {"model": features.describe()},
-        coefficients=best.A,
-    )
