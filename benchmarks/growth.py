@@ -11,7 +11,6 @@ only what this process computed, so that a machine shared with others matters le
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pandas
 import torch
 
 import paperlib
-from paperlib.results import machine
+from paperlib.results import save_table
 
 # What grows: (n, d, p / (d n)) of each size.
 SERIES = {
@@ -95,9 +94,7 @@ def main() -> None:
     everything = slope(middle.n * middle.p * middle.d, middle["processor seconds a pass"])
     print(f"all together: seconds a pass ~ (n p d)^{everything:.2f}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.out, index=False)
-        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+        save_table(table, options.out)
 
 
 if __name__ == "__main__":

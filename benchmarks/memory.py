@@ -26,7 +26,7 @@ import torch
 import paperlib
 from paperlib.memory import choose_kept, predicted_bytes
 from paperlib.precision import bulk_dtype
-from paperlib.results import machine
+from paperlib.results import save_table
 
 # name: (n, d, p / (d n), placement, bulk, keep). Sizes of CIFAR-10 have d = 3072.
 CASES = {
@@ -125,9 +125,7 @@ def main() -> None:
             flush=True,
         )
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        pandas.DataFrame(rows).to_csv(options.out, index=False)
-        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+        save_table(pandas.DataFrame(rows), options.out)
 
 
 if __name__ == "__main__":

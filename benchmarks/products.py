@@ -11,7 +11,6 @@ of the two floors over the time measured is its efficiency, 1 at best. All in on
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from paperlib.lift import Lift
 from paperlib.memory import INPUTS, INPUTS_DIMENSION, PRODUCTS
 from paperlib.precision import arithmetic
 from paperlib.projection import Linearization
-from paperlib.results import machine
+from paperlib.results import save_table
 
 SIDE = 2048
 
@@ -131,9 +130,7 @@ def main() -> None:
     table = pandas.DataFrame(rows)
     print(table.round(3).to_string(index=False))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.out, index=False)
-        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+        save_table(table, options.out)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ Data, model and candidates all change with the seed.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import pandas
 import torch
 
 import paperlib
-from paperlib.results import machine
+from paperlib.results import save_table
 
 # name: (loader, n, d or None, activation, p / (d n) or p itself)
 CASES = {
@@ -76,9 +75,7 @@ def main() -> None:
         )
         rows += new
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        pandas.DataFrame(rows).to_csv(options.out, index=False)
-        options.out.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+        save_table(pandas.DataFrame(rows), options.out)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,14 @@ def read_store(path: str | os.PathLike | Store, *, version: str | None = None) -
     return tabulate(_read_records(path, version), version=True)
 
 
+def save_table(table: pandas.DataFrame, path: str | os.PathLike) -> None:
+    """A table as a CSV file and, beside it in `<path minus .csv>.machine.json`, the machine."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    path.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+
+
 def export_results(
     store: str | os.PathLike | Store, csv_path: str | os.PathLike, *, version: str | None = None
 ) -> Path:
