@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from paperlib.audit import Audit, close_rows
@@ -15,6 +15,9 @@ from paperlib.quantise import BITS, quantise
 from paperlib.reconstruct import reconstruct
 from paperlib.streams import stream
 
+if TYPE_CHECKING:
+    import pandas
+
 
 def protections(
     audit: Audit,
@@ -23,7 +26,7 @@ def protections(
     formats: Sequence[str] = ("float16", "bfloat16", "int8", "int4"),
     restarts: int | None = None,
     progress: bool | None = None,
-) -> pd.DataFrame:
+) -> pandas.DataFrame:
     """The last layer with noise, or rounded, before it is released; and the same attack on it.
 
     What is spoilt is W(T), since that is what would be released; the attacker still knows W(0).
@@ -45,6 +48,8 @@ def protections(
     Raises:
         ValueError: if nothing was confirmed, or for a noise or format without sense.
     """
+    import pandas
+
     if audit.record is None or not bool(audit.confirmed.any()):
         raise ValueError(f"no sample was confirmed ({audit.verdict}): there is nothing to protect")
     levels = [check_positive("noise", level) for level in noise]
@@ -80,4 +85,4 @@ def protections(
                 "loss": record.loss,
             }
         )
-    return pd.DataFrame(rows)
+    return pandas.DataFrame(rows)
