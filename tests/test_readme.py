@@ -102,3 +102,17 @@ def test_every_notebook_and_every_data_set_is_told_of():
         assert f"notebooks/{notebook.name}" in README
     for name in ("photographs", "digits", "faces", "cifar10", "image_folder", "sphere"):
         assert f"| `{name}` |" in README
+
+
+def test_chapters_of_the_figures_stand_in_reading_order():
+    rows = [line for line in README.splitlines() if line.startswith("| [")]
+    chapters = [re.search(r"notebooks/(\w+)\.ipynb", row)[1] for row in rows]
+    assert chapters == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_formulas_survive_markdown(name):
+    r"""On the repository's web page a backslash before punctuation goes: `\,` becomes a comma."""
+    text = BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    formulas = re.findall(r"\$([^$\n]+)\$", re.sub(r"`[^`\n]+`", "", text))
+    assert [formula for formula in formulas if re.search(r"\\[^a-zA-Z]", formula)] == []

@@ -16,7 +16,7 @@ def page(browser, chapters, tmp_path_factory):
 
     with web.start_voila(chapters / EXPLORER, tmp_path_factory.mktemp("voila")) as address:
         browser.open(address)
-        browser.wait_for(PICTURES, seconds=180)
+        browser.wait_for(PICTURES, seconds=600)  # a busy machine starts kernels slowly
         yield browser
 
 
