@@ -25,9 +25,11 @@ one-dimensional. alpha, which these papers take as known, is regressed on E act 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +44,18 @@ from paperlib.weight_gram import WeightGram
 # Grid of the one-dimensional integrals, in standard deviations of the belief.
 NODES, REACH = 31, 4.5
 
-# Share of the new value in every update; 1 oscillates.
+# Share of the new value in every update of a run that keeps its first pace; 1 oscillates.
 DAMPING = 0.6
 ALPHA_DAMPING = 0.2
+
+# The more samples move at once, the sooner their updates overshoot together. When the residual is
+# RISE times its least so far, the beliefs of the least come back and the pace of what follows is
+# SLOWER times what it was; that of alpha, for which the beliefs have to be right first, falls by
+# the square.
+RISE, SLOWER, SLOWEST = 2.5, 0.6, 0.1
+
+# What one iteration hands to the next.
+STATE = ("X", "tau", "alpha", "L", "L_cov", "misfit", "g", "g_L")
 
 # Beliefs that learned nothing (variance above DEAD of the prior's) start again from the residual
 # every REVIVE iterations, as does the weaker of two that are the same (|cosine| above SAME).
@@ -94,8 +105,6 @@ def whiten(theta: Tensor) -> Tensor:
 
 class MessagePassing:
     """Beliefs about n samples, given V and theta."""
-
-    damping = DAMPING
 
     def __init__(
         self,
@@ -148,6 +157,8 @@ class MessagePassing:
         self.g = torch.zeros(self.n, self.p, device=device)
         self.g_L = torch.zeros_like(self.y)
         self.misfit = 0.0
+        self.pace = 1.0  # of the updates, lowered where they overshoot
+        self.guarded = True  # against overshooting
 
     def _fresh(self, moments: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Means, variances and coefficients of `count` beliefs from second moments."""
@@ -194,7 +205,7 @@ class MessagePassing:
         gram, rhs, outer = new(n, n), new(n, C), new(C, C)
         back, spread, squares = new(n + C, d), new(n), new(n)
         eye = torch.eye(C, device=self.X.device)
-        alpha, tau = self.alpha, self.tau
+        alpha, tau, b = self.alpha, self.tau, DAMPING * self.pace
 
         # The statistic of theta_k that tells most about sample i: w_i . (theta_k - all others).
         ground = self.L_cov + (self.misfit + 1e-9) * eye
@@ -224,8 +235,8 @@ class MessagePassing:
             outer += e @ e.T
             gram += mean @ mean.T
             rhs += mean @ (self.y[:, part] - omega_L).T
-            self.g[:, part] = torch.lerp(self.g[:, part], score, self.damping)
-            self.g_L[:, part] = torch.lerp(self.g_L[:, part], score_L, self.damping)
+            self.g[:, part] = torch.lerp(self.g[:, part], score, b)
+            self.g_L[:, part] = torch.lerp(self.g_L[:, part], score_L, b)
             scores = torch.cat([self.g[:, part], self.g_L[:, part]])
             back += scores.to(V.dtype) @ V
         self.model.sum_over_processes([gram, rhs, outer, back, spread, squares])
@@ -241,7 +252,6 @@ class MessagePassing:
         covariance = torch.linalg.inv(precision)
         X = (covariance @ (R.double() / S.double()[:, None] + tie @ R_L.double())).float()
         covariance = covariance.float()
-        b = self.damping
         self.X = torch.lerp(self.X, X, b)
         self.tau = torch.lerp(tau, covariance.diagonal(), b).clamp(1e-6, 1)
         self.L = torch.lerp(self.L, self.mu * alpha.T @ X, b)
@@ -256,7 +266,7 @@ class MessagePassing:
             ridge = float(expected.trace()) / C / max(float(alpha.square().mean()), 1e-12)
             ridge = ridge * torch.eye(n, dtype=torch.float64, device=gram.device)
             learned = torch.linalg.solve(gram + ridge, rhs).float()
-            self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING)
+            self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING * self.pace**2)
         return misses / C
 
     def revive(self) -> int:
@@ -307,6 +317,8 @@ class MessagePassing:
         eye = torch.eye(self.C, device=self.X.device)
         self.L_cov = self.mu**2 * (self.alpha.T * self.tau) @ self.alpha + 1e-6 * eye
         self.misfit = point.loss
+        # What is explained already stirs before the doubtful ones are found: no overshooting.
+        self.guarded = False
         self.g.zero_()
         self.g_L.zero_()
         self.revive()
@@ -314,6 +326,15 @@ class MessagePassing:
     def forget_scores(self) -> None:
         """Give up what is as large as the features, until the next `begin`."""
         self.g = self.g_L = self.y.new_empty(0)
+
+    def _state(self) -> dict[str, Any]:
+        """A copy of what one iteration hands to the next."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in STATE}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Go back to a copied state."""
+        for name, value in state.items():
+            setattr(self, name, copy.deepcopy(value))
 
     def run(
         self, max_iterations: int, *, on_step: Callable[[float, Tensor], None] | None = None
@@ -326,10 +347,18 @@ class MessagePassing:
         """
         history: list[float] = []
         ended = "step limit"
+        least, at_least, revived = math.inf, self._state(), 0
         for k in range(max_iterations):
             if k and k % REVIVE == 0:
                 self.revive()
-            history.append(self.step(learn_alpha=k % REVIVE > 2))
+                revived = k
+            before = self._state()
+            history.append(self.step(learn_alpha=k - revived > 2))
+            if history[-1] < least:
+                least, at_least = history[-1], before
+            elif self.guarded and self.pace > SLOWEST and not history[-1] <= RISE * least:
+                self._restore(at_least)
+                self.pace *= SLOWER
             if on_step is not None:
                 on_step(history[-1], self.X)
             if not math.isfinite(history[-1]) or history[-1] > 50:

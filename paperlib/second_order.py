@@ -56,7 +56,7 @@ AGREEMENT = 0.9
 # (chapter 11). It needs the second moment of the activation, and identifiable data.
 NEAR = 2.5
 LEAST_SECOND_MOMENT = 1e-2
-ITERATIONS = 300
+ITERATIONS = 600
 
 # Restarts by default, and where every start is made by message passing.
 RESTARTS, RESTARTS_NEAR = 5, 20

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paperlib import RandomFeatures, compare, fit_min_norm, reconstruct, sphere
-from paperlib.message_passing import MessagePassing, whiten
+from paperlib.message_passing import DAMPING, SLOWER, MessagePassing, whiten
 from paperlib.spectral_start import SpectralStart
 
 
@@ -100,7 +100,7 @@ def test_scores_against_a_dense_posterior():
     misses = others[:, :, None] - alpha[:, None, None] * f
     density = torch.softmax(prior.log() - misses.square() / (2 * width[:, :, None]), -1)
     expected = (density @ t) / tau.sqrt()[:, None]
-    belief.damping = 1.0
+    belief.pace = 1 / DAMPING  # the new value alone
     belief.step(learn_alpha=False)
     torch.testing.assert_close(belief.g, expected, rtol=0.05, atol=0.02)
 
@@ -154,3 +154,20 @@ def test_below_the_threshold_and_on_request_starts_are_random():
         model, theta, _ = problem(ratio=ratio)
         found = reconstruct(model, theta, 4, start=start, restarts=2, max_steps=3, progress=False)
         assert "message passing" not in {stage["stage"] for stage in found.stages}
+
+
+def test_updates_that_overshoot_are_taken_back_and_slowed(monkeypatch):
+    model, theta, _ = problem()
+    belief = passing(model, theta, 4)
+    step, shares = MessagePassing.step, iter([0.5, 0.4, 0.3, 9.0, 0.3])
+    seen = []
+
+    def rising(self, **options):
+        seen.append(self.X.clone())
+        step(self, **options)
+        return next(shares)
+
+    monkeypatch.setattr(MessagePassing, "step", rising)
+    belief.run(5)
+    assert torch.equal(seen[4], seen[2]) and not torch.equal(seen[3], seen[2])
+    assert belief.pace == SLOWER
