@@ -57,10 +57,11 @@ def dense_jacobians(model, X):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, None])
 @pytest.mark.parametrize("name", MODULES)
-def test_products_agree_with_dense_jacobians(name, chunk):
-    model = model_of(name, chunk=chunk)
+def test_products_agree_with_dense_jacobians(name, chunk, dense):
+    model = model_of(name, chunk=chunk, dense=dense)
     X = points(5, model.d)
     J = dense_jacobians(model, X)
     phi = torch.cat([model.module(x.reshape(1, *model.input_shape)).flatten(1) for x in X])
@@ -75,6 +76,23 @@ def test_products_agree_with_dense_jacobians(name, chunk):
     for _ in range(3):
         torch.testing.assert_close(block.jvp(state, dX), torch.einsum("npd,nd->np", J, dX))
         torch.testing.assert_close(block.vjp(state, W), torch.einsum("npd,np->nd", J, W))
+    formed = [tangents._jacobians is not None for tangents in state]
+    assert set(formed) == {dense}
+
+
+def test_jacobians_are_formed_where_they_fit_the_memory_and_only_when_needed():
+    model = model_of("convolution", dense=True)
+    X = points(5, model.d)
+    block = next(model.blocks())
+    _, state = block.linearize(X)
+    assert [tangents._jacobians for tangents in state] == [None]
+    torch.testing.assert_close(next(iter(state)).jacobians(), dense_jacobians(model, X))
+    assert model.dense_samples == int(2 * 2**30 / (8 * model.p * model.d))
+    assert model_of("convolution").dense_samples == 0
+    model.dense_samples = 4
+    _, state = block.linearize(X)
+    block.jvp(state, X)
+    assert [tangents._jacobians for tangents in state] == [None]
 
 
 def test_samples_beyond_the_memory_are_traced_again_and_give_the_same():

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.checks import check_count
+from paperlib.feature_map import FeatureMap
 from paperlib.networks.network import ImageRows, Network, check_image_shape
 
 READOUTS = ("tokens", "class")
+
+# Up to this dimension Jacobians are formed: a sixth of d products pays for them (measured at
+# d = 64), and one step of the solver takes 16 or more.
+DENSE_D = 128
 
 
 class VisionTransformer(Network):
@@ -77,6 +82,17 @@ class VisionTransformer(Network):
         p = width if readout == "class" else tokens * width
         d = height * wide * channels
         super().__init__(body, d, p, outputs, seed=seed, dtype=dtype, device=device)
+
+    def feature_map(self, **options) -> FeatureMap:
+        """The last-layer features as they are now, with Jacobians formed where d is small.
+
+        A small transformer consists of many small operations: a product with its Jacobians by
+        automatic differentiation takes ten times as long as one with matrices.
+
+        Args:
+            **options: for `ModuleFeatures`.
+        """
+        return super().feature_map(**{"dense": self.d <= DENSE_D, **options})
 
 
 class Tokens(nn.Module):
