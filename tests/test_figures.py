@@ -2,8 +2,10 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -349,3 +351,37 @@ def test_long_strips_go_on_below():
 def test_strips_that_make_no_sense_are_refused(rows, options, message):
     with pytest.raises(ValueError, match=message):
         image_strip(rows, **options)
+
+
+COMMITTED = sorted((Path(__file__).resolve().parents[1] / "figures").glob("*.pdf"))
+GRID = "#e4e4e4"  # as in use_style: it may stay in the background
+
+
+def stroked(pdf):
+    """The colours of all lines of a PDF of matplotlib, as hexadecimal text."""
+    found = set()
+    for part in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
+        try:
+            part = zlib.decompress(part)
+        except zlib.error:
+            continue  # a picture or a font, packed in another way
+        for colour in re.findall(rb"((?:[\d.]+ ){3}RG|[\d.]+ G)\b", part):
+            levels = [float(level) for level in colour.split()[:-1]]
+            found.add(matplotlib.colors.to_hex(levels * (3 // len(levels))))
+    return found
+
+
+def test_colours_of_lines_are_read_from_a_pdf(tmp_path):
+    figure, axes, data = curve()
+    axes.plot(data["p"], data["error"] / 2, color="#90d743")
+    paths = save_figure(figure, "law", data=data, caption="Two curves.", folder=tmp_path)
+    assert {PALETTE[0], INK, GRID, "#90d743"} <= stroked(paths["pdf"].read_bytes())
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_figures_can_be_seen_on_every_page(path):
+    lines = stroked(path.read_bytes()) - {GRID, "#ffffff"}
+    assert {c: round(contrast_with_white(c), 2) for c in lines if contrast_with_white(c) < 3} == {}
+    with Image.open(path.with_suffix(".png")) as picture:
+        assert picture.mode == "RGBA" and picture.getpixel((0, 0)) == (255, 255, 255, 255)
+        assert picture.getchannel("A").getextrema() == (255, 255), "a dark page shines through"
