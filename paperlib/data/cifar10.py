@@ -46,7 +46,7 @@ def cifar10(
 
     Where they are read from, in this order: the folder `root`; the folder named by the
     environment variable PAPERLIB_CIFAR10; torchvision's download (170 MB, once) into
-    `~/.cache/paperlib`. A folder holds either `train/<class>/*.jpg|png` or torchvision's
+    `~/.cache/paperlib`. A folder holds either pictures in `train/<class>/` or torchvision's
     `cifar-10-batches-py`.
 
     Args:
