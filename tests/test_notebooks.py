@@ -209,13 +209,14 @@ def test_every_fault_is_found(executed, tmp_path, change, fault):
 
 
 @every_notebook
-def test_pictures_can_be_described_to_those_who_do_not_see_them(path):
-    notebook = read(path)
-    describe_pictures(notebook, ROOT / "figures")
-    for cell in notebook.cells:
-        for output in pictures_of(cell):
-            text = output.metadata.get("image/png", {}).get("alt", "")
+def test_pictures_are_described_to_those_who_do_not_see_them(path):
+    committed, described = read(path), read(path)
+    describe_pictures(described, ROOT / "figures")
+    for cell, other in zip(committed.cells, described.cells, strict=True):
+        for output, now in zip(pictures_of(cell), pictures_of(other), strict=True):
+            text = now.metadata.get("image/png", {}).get("alt", "")
             assert len(text.split()) >= 5, f"{cell.id}: save the figure, or add **Figure N.** below"
+            assert output.metadata == now.metadata, f"{cell.id}: make notebooks refreshes its words"
 
 
 @every_notebook
