@@ -320,7 +320,11 @@ def close_rows(A: Tensor, B: Tensor, *, tolerance: float = SAME) -> Tensor:
 
 
 def stretch(samples: Tensor, image_shape: Sequence[int]) -> np.ndarray:
-    """Rows as pictures in [0, 1], (n, H, W) or (n, H, W, 3); 1% of the pixels at either end."""
+    """Rows as pictures in [0, 1], (n, H, W) or (n, H, W, 3), clipped at 1% of the pixels a side.
+
+    Raises:
+        ValueError: for a shape that is not that of a picture with as many pixels as a row has.
+    """
     shape = tuple(check_count("image_shape", size) for size in image_shape)
     rows = samples.detach().cpu().double().flatten(1).numpy()
     if math.prod(shape) != rows.shape[1] or len(shape) not in (2, 3):

@@ -197,7 +197,13 @@ def outside(X: Tensor, box: tuple[float, float]) -> Tensor:
 
 
 def check_problem(features: GradientFeatures, theta: Tensor, **settings) -> tuple[Tensor, Settings]:
-    """Theta as (1, p), and the settings, checked."""
+    """Theta as (1, p), and the settings, checked.
+
+    Raises:
+        TypeError: for features that are not `GradientFeatures`, or a setting that is unknown.
+        ValueError: for theta of another shape, a setting without sense, or a sharpness where there
+            is no ReLU to smooth.
+    """
     if not isinstance(features, GradientFeatures):
         raise TypeError(f"features must be GradientFeatures, got {type(features).__name__}")
     theta = check_theta(theta, features)

@@ -98,7 +98,11 @@ class WithoutKnownBlock(FeatureBlock):
         self.start, self.stop = 0, model.p
 
     def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Any]:
-        """P phi(X), (n, p), and the states of the model's blocks."""
+        """P phi(X), (n, p), and the states of the model's blocks.
+
+        Raises:
+            ValueError: for `lifted`: the lift belongs to the projection.
+        """
         if lifted:
             raise ValueError("lift when the known samples are projected off, not later")
         parts = [block.linearize(X, lifted=self.model.lift) for block in self.blocks]

@@ -129,7 +129,11 @@ class ModuleFeatures(FeatureMap):
             return self.module(X.reshape(-1, *self.input_shape)).flatten(1)
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
-        """One block with all p features."""
+        """One block with all p features.
+
+        Raises:
+            ValueError: for a dtype that is not the module's.
+        """
         if dtype not in (None, self.dtype):
             raise ValueError(
                 f"a module computes in its own dtype {self.dtype}, got {dtype}: "
@@ -312,7 +316,11 @@ class ModuleBlock(FeatureBlock):
         self.start, self.stop = 0, model.p
 
     def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, ModuleState]:
-        """Features (n, p) and the linearised chunks."""
+        """Features (n, p) and the linearised chunks.
+
+        Raises:
+            ValueError: for `lifted`: no part of a module is known to be linear.
+        """
         if lifted:
             raise ValueError("the features of a module have no linear part that can be lifted")
         state = ModuleState(self.model, X.detach())

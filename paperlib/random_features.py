@@ -92,7 +92,11 @@ class RandomFeatures(FeatureMap):
         self._resident: dict[torch.dtype, list[Tensor]] = {}
 
     def draw(self, start: int, stop: int) -> Tensor:
-        """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary."""
+        """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary.
+
+        Raises:
+            ValueError: for a start that is no multiple of `ROWS_PER_DRAW`.
+        """
         if start % ROWS_PER_DRAW:
             raise ValueError(f"rows are drawn from multiples of {ROWS_PER_DRAW}, got {start}")
         draws = -(-(stop - start) // ROWS_PER_DRAW)

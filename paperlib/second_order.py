@@ -43,7 +43,6 @@ LIFT_SHARE = 0.5
 # A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
 PROMISING = 1e-3
 
-
 # The least useful candidate is moved again and again while each move gains at least this factor.
 RESEED_GAIN = 0.8
 

@@ -13,7 +13,11 @@ import torch
 
 
 def stream_seed(purpose: str, seed: int, *, index: int = 0) -> int:
-    """A 32-bit seed for that purpose; consecutive indices give consecutive, distinct seeds."""
+    """A 32-bit seed for that purpose; consecutive indices give consecutive, distinct seeds.
+
+    Raises:
+        ValueError: for a seed below 0 or of 2^63 or more.
+    """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be at least 0 and below 2^63, got {seed}")
     words = np.random.SeedSequence((zlib.crc32(purpose.encode()), seed)).generate_state(1)

@@ -46,7 +46,11 @@ class ClassPool:
 
 
 def check_labels(labels: str, classes: int) -> str:
-    """A known kind of label that fits the number of classes."""
+    """A known kind of label that fits the number of classes.
+
+    Raises:
+        ValueError: for an unknown kind, or binary labels for other than two classes.
+    """
     if labels not in LABELS:
         raise ValueError(f"labels must be one of {', '.join(LABELS)}, got {labels!r}")
     if labels == "binary" and classes != 2:
@@ -64,6 +68,7 @@ def group_classes(
 
     Raises:
         ValueError: for an unknown member (the known ones are listed), one named twice, or none.
+        TypeError: for a string in place of a sequence.
     """
     if isinstance(classes, str):
         raise TypeError(f"classes must be a sequence of {what} names, got {classes!r}")
@@ -174,6 +179,9 @@ def build(
     """Chooses n pictures from the pools and makes a DataSet of them.
 
     `load` returns a picture as an array, (H, W) or (H, W, 3), in [0, 1].
+
+    Raises:
+        ValueError: for labels that do not fit the pools, or images that differ in size.
     """
     check_labels(labels, len(pools))
     check_dtype(dtype)

@@ -188,6 +188,9 @@ def other_pictures(dataset: str, n: int, *, size: int, seed: int) -> tuple[DataS
 
     For "photographs" the two come from different photographs; for "cifar10" they are different
     pictures of the same classes.
+
+    Raises:
+        ValueError: for another data set.
     """
     if dataset == "photographs":
         data = photographs(n, split="other", size=size, seed=seed)

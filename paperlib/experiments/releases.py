@@ -103,7 +103,13 @@ def run_release_cell(
 def train_releases(
     model: RandomFeatures, X: Tensor, releases: int, kind: str, *, seed: int
 ) -> list[Tensor]:
-    """The parameters an attacker holds: vectors in the span of phi(X), each (1, p)."""
+    """The parameters an attacker holds: vectors in the span of phi(X), each (1, p).
+
+    The arguments are those of `run_release_cell`.
+
+    Raises:
+        ValueError: for a kind that is not among `KINDS`.
+    """
     labels = torch.randn(len(X), releases, generator=stream("labels", seed), dtype=torch.float64)
     labels = labels.to(X)
     if kind == "labels":

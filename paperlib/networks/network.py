@@ -74,6 +74,9 @@ class Network(nn.Module):
 
         Args:
             factor: at least 0; 1 leaves N(0, 1 / p).
+
+        Raises:
+            ValueError: for a factor that is negative or not finite.
         """
         if not 0 <= factor < float("inf"):
             raise ValueError(f"factor must be finite and at least 0, got {factor}")
@@ -118,7 +121,12 @@ class ImageRows(nn.Module):
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """(H, W, channels) of (H, W) or (H, W, channels)."""
+    """(H, W, channels) of (H, W) or (H, W, channels).
+
+    Raises:
+        ValueError: for another number of sizes, or one below 1.
+        TypeError: for a size that is not a whole number.
+    """
     if image_shape is None or len(image_shape) not in (2, 3):
         raise ValueError(f"image_shape must be (H, W) or (H, W, channels), got {image_shape}")
     height, width, channels = (*image_shape, 1)[:3]
