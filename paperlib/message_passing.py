@@ -12,6 +12,7 @@ sum_j alpha_j^2 Var act(z_jk).
 That gives the posterior of z_ik (a sum over a grid), its score g_ik = (E[z_ik | theta_k] -
 omega_ik) / tau_i, and by V^T g_i a better mean of x_i. As long as little is known, Var act is large
 and averages over the local minima; as it falls, samples with the next smaller |alpha| stand out.
+Updates that overshoot are taken back, and those that follow are smaller.
 
 The linear part, sum_i alpha_i mu_1 x_i, is one more unknown vector, seen directly in theta. It is
 tied to the samples in the prior, so that signs come out right without a lift that would cost d
@@ -353,12 +354,14 @@ class MessagePassing:
                 self.revive()
                 revived = k
             before = self._state()
-            history.append(self.step(learn_alpha=k - revived > 2))
-            if history[-1] < least:
-                least, at_least = history[-1], before
-            elif self.guarded and self.pace > SLOWEST and not history[-1] <= RISE * least:
+            share = self.step(learn_alpha=k - revived > 2)
+            if share < least:
+                least, at_least = share, before
+            elif self.guarded and self.pace > SLOWEST and not share <= RISE * least:
                 self._restore(at_least)
                 self.pace *= SLOWER
+                share = least
+            history.append(share)
             if on_step is not None:
                 on_step(history[-1], self.X)
             if not math.isfinite(history[-1]) or history[-1] > 50:

@@ -156,10 +156,11 @@ def test_below_the_threshold_and_on_request_starts_are_random():
         assert "message passing" not in {stage["stage"] for stage in found.stages}
 
 
-def test_updates_that_overshoot_are_taken_back_and_slowed(monkeypatch):
+@pytest.mark.parametrize("overshoot", [9.0, math.inf, math.nan])
+def test_updates_that_overshoot_are_taken_back_and_slowed(monkeypatch, overshoot):
     model, theta, _ = problem()
     belief = passing(model, theta, 4)
-    step, shares = MessagePassing.step, iter([0.5, 0.4, 0.3, 9.0, 0.3])
+    step, shares = MessagePassing.step, iter([0.5, 0.4, 0.3, overshoot, 0.35])
     seen = []
 
     def rising(self, **options):
@@ -168,6 +169,7 @@ def test_updates_that_overshoot_are_taken_back_and_slowed(monkeypatch):
         return next(shares)
 
     monkeypatch.setattr(MessagePassing, "step", rising)
-    belief.run(5)
+    beliefs = belief.run(5)
+    assert beliefs.history == [0.5, 0.4, 0.3, 0.3, 0.35] and beliefs.ended == "step limit"
     assert torch.equal(seen[4], seen[2]) and not torch.equal(seen[3], seen[2])
     assert belief.pace == SLOWER
