@@ -25,7 +25,7 @@ import torch
 
 import paperlib
 from paperlib.memory import choose_kept, predicted_bytes
-from paperlib.precision import bulk_dtype
+from paperlib.precision import bulk_formats
 from paperlib.results import save_table
 
 # name: (n, d, p / (d n), placement, bulk, keep). Sizes of CIFAR-10 have d = 3072.
@@ -67,9 +67,9 @@ def measure(case: str, steps: int) -> dict:
     if bulk == "float16":  # as where V in float32 does not fit
         model.keeps = lambda dtype, free=None: dtype == torch.float16
     candidates = math.ceil(1.4 * n)
-    stored = bulk_dtype(model, candidates, bulk)
-    kept = choose_kept(model, candidates, 1, stored, n=n) if keep == "auto" else keep
-    parts = predicted_bytes(model, candidates, 1, stored, n=n, keep=kept)
+    formats = bulk_formats(model, candidates, bulk)
+    kept = choose_kept(model, candidates, 1, formats, n=n) if keep == "auto" else keep
+    parts = predicted_bytes(model, candidates, 1, formats, n=n, keep=kept)
     before, begun = current_bytes(), time.perf_counter()
     found = paperlib.reconstruct(
         model, theta, n, restarts=1, max_steps=steps, bulk=bulk, keep=kept, progress=False
@@ -82,7 +82,8 @@ def measure(case: str, steps: int) -> dict:
         "d": d,
         "p": p,
         "placement": placement,
-        "bulk": str(stored).removeprefix("torch."),
+        "bulk": str(formats.bulk).removeprefix("torch."),
+        "products": str(formats.products).removeprefix("torch."),
         "kept": kept,
         **{f"predicted {name} (MB)": size / 1e6 for name, size in parts.items()},
         "predicted (MB)": predicted / 1e6,

@@ -53,6 +53,14 @@ class FeatureBlock(ABC):
         """The same as `linearize`, from `inputs`."""
         raise NotImplementedError
 
+    def project(self, A: Tensor) -> Tensor:
+        """A V^T, (m, h), for A of shape (m, d); only with weights."""
+        raise NotImplementedError
+
+    def combine(self, W: Tensor) -> Tensor:
+        """W V, (m, d), for W of shape (m, h); only with weights."""
+        raise NotImplementedError
+
     @abstractmethod
     def jvp(self, state: Any, dX: Tensor) -> Tensor:
         """Row i is J_i dx_i restricted to the block, (n, h)."""
@@ -76,6 +84,7 @@ class FeatureMap(ABC):
         device: where they are computed.
         linear_coefficient: mu_1 of the activation when blocks carry weights, else 0.
         odd: whether phi(-x) = -phi(x), so that a sample is known only up to its sign.
+        rounds_to_int8: whether `blocks` can round their weights to 8 bits.
     """
 
     d: int
@@ -84,6 +93,7 @@ class FeatureMap(ABC):
     device: torch.device
     linear_coefficient: float = 0.0
     odd: bool = False
+    rounds_to_int8: bool = False
 
     @abstractmethod
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:

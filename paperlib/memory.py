@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 
-from paperlib.precision import arithmetic
+from paperlib.precision import Formats, arithmetic, storage
 
 if TYPE_CHECKING:
     from paperlib.feature_map import FeatureMap
@@ -44,7 +45,7 @@ def bytes_of(dtype: torch.dtype, *shape: int) -> int:
     return total
 
 
-def resident_formats(model: FeatureMap, formats: list[torch.dtype]) -> dict[torch.dtype, int]:
+def resident_formats(model: FeatureMap, formats: Iterable[torch.dtype]) -> dict[torch.dtype, int]:
     """The formats in which V will be resident, and the bytes still to be allocated for each.
 
     They come in order of need; one that does not fit beside the earlier is streamed: drawn again,
@@ -61,25 +62,28 @@ def resident_formats(model: FeatureMap, formats: list[torch.dtype]) -> dict[torc
     return found
 
 
-def make_room(model: FeatureMap, bulk: torch.dtype) -> None:
-    """Give V in the model's dtype up where the copy of the bulk stage does not fit beside it.
+def make_room(model: FeatureMap, formats: Formats) -> None:
+    """Give V in the model's dtype up where the copies of the bulk stage do not fit beside it.
 
     The bulk stage does nearly all of the work; the few exact passes of the finish draw V again.
     """
-    streams = getattr(model, "placement", "resident") == "auto"
-    if streams and model.holds(model.dtype) and not model.keeps(bulk):
+    if getattr(model, "placement", "resident") != "auto" or model.dtype in formats:
+        return
+    if model.holds(model.dtype) and len(resident_formats(model, formats)) < len(set(formats)):
         held = bytes_of(model.dtype, model.rows_held, model.d)
-        if model.keeps(bulk, free=free_bytes(model.device) + held):
+        free = free_bytes(model.device) + held
+        if all(model.keeps(dtype, free=free) for dtype in formats):
             model.release(model.dtype)
 
 
 def activation_bytes(
-    candidates: int, n: int, features: int, keep: str, own: torch.dtype, bulk: torch.dtype
+    candidates: int, n: int, features: int, keep: str, own: torch.dtype, formats: Formats
 ) -> int:
     """Bytes of what the passes of a stage leave for one another, all features together.
 
-    A trial step is evaluated before the point that it starts from is given up, so that everything
-    is there twice. In the finish the trial is in the model's own dtype until it is accepted.
+    A trial step is evaluated before the point that it starts from is given up. The trial is in the
+    format of its evaluation, which in the finish is the model's own; the point is in that of the
+    products.
 
     Args:
         candidates: n^, in the bulk stage.
@@ -87,24 +91,26 @@ def activation_bytes(
         features: of this process.
         keep: "features and slopes", "inputs" or "nothing", see `Linearization`.
         own: dtype of the model.
-        bulk: dtype of the bulk stage.
+        formats: of the bulk stage.
     """
     if keep == NOTHING:
         return 0
 
-    def kept(dtype: torch.dtype) -> int:
-        if keep == INPUTS:
-            return bytes_of(dtype, features)
-        return 2 * bytes_of(arithmetic(dtype), features)
+    def trial(dtype: torch.dtype) -> int:
+        return (1 if keep == INPUTS else 2) * bytes_of(arithmetic(dtype), features)
 
-    return max(2 * candidates * kept(bulk), n * (kept(own) + kept(bulk)))
+    def point(dtype: torch.dtype) -> int:
+        return bytes_of(storage(dtype), features) if keep == INPUTS else trial(dtype)
+
+    left = point(formats.products)
+    return max(candidates * (trial(formats.bulk) + left), n * (trial(own) + left))
 
 
 def predicted_bytes(
     model: FeatureMap,
     candidates: int,
     outputs: int,
-    bulk: torch.dtype,
+    formats: Formats,
     *,
     n: int | None = None,
     keep: str = PRODUCTS,
@@ -115,19 +121,19 @@ def predicted_bytes(
         model: the feature map.
         candidates: n^, candidates of the bulk stage.
         outputs: rows of theta.
-        bulk: dtype of the bulk stage.
+        formats: of the bulk stage.
         n: candidates of the finish, `candidates` if not given.
         keep: what stays of the activations between passes, see `Linearization`.
     """
     held = getattr(model, "rows_held", model.p)
     n = candidates if n is None else n
     parts = {
-        "activations": activation_bytes(candidates, n, held, keep, model.dtype, bulk),
+        "activations": activation_bytes(candidates, n, held, keep, model.dtype, formats),
         # Parameters without their linear part, and the residuals of two points.
         "parameters": 3 * bytes_of(model.dtype, outputs, model.p),
     }
     if hasattr(model, "keeps"):
-        parts["weights"] = sum(resident_formats(model, [bulk, model.dtype]).values())
+        parts["weights"] = sum(resident_formats(model, [*formats, model.dtype]).values())
         # V^T V, its inverse, its factor and what making them takes, in float64.
         parts["lift"] = bytes_of(torch.float64, 4, model.d, model.d)
         # Rows being drawn, and the arrays of one tile: about six of (n^, rows) in float64.
@@ -137,7 +143,7 @@ def predicted_bytes(
 
 
 def choose_kept(
-    model: FeatureMap, candidates: int, outputs: int, bulk: torch.dtype, *, n: int
+    model: FeatureMap, candidates: int, outputs: int, formats: Formats, *, n: int
 ) -> str:
     """What is to stay of the activations between passes: all that fits and is worth its memory.
 
@@ -149,7 +155,7 @@ def choose_kept(
     ways = [INPUTS, NOTHING] if model.d >= INPUTS_DIMENSION else [PRODUCTS, INPUTS, NOTHING]
     free = free_bytes(model.device)
     for keep in ways:
-        parts = predicted_bytes(model, candidates, outputs, bulk, n=n, keep=keep)
+        parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep)
         if parts["activations"] <= SHARE * (free - parts["weights"]):
             break
     return keep
@@ -159,7 +165,7 @@ def check_memory(
     model: FeatureMap,
     candidates: int,
     outputs: int,
-    bulk: torch.dtype,
+    formats: Formats,
     *,
     n: int | None = None,
     keep: str = PRODUCTS,
@@ -169,7 +175,7 @@ def check_memory(
     Raises:
         MemoryError: with the parts, what is free, and what to change.
     """
-    parts = predicted_bytes(model, candidates, outputs, bulk, n=n, keep=keep)
+    parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep)
     free = free_bytes(model.device)
     if sum(parts.values()) > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())

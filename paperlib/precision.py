@@ -9,16 +9,25 @@ iterative refinement.
 float16 is a way to store V, not to compute: it halves the memory on devices without fast
 bfloat16. Rows of V are widened to float32 tile by tile, on their way into the product, and tiles
 are small enough to stay in the cache.
+
+int8 is the other way round: for the products inside conjugate gradients only, in the bulk stage as
+in the finish (see `int8.py`). Loss and gradient of the bulk stage are evaluated in float32.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from paperlib.feature_map import FeatureMap
+from paperlib.int8 import fast_int8
 
 # Below this many multiplications a pass, conversion and launch overheads outweigh the gain.
 WORTHWHILE = 5e8
+
+# Rounding to 8 bits takes a few operations an entry of the features, next to 2 d of the product.
+INT8_DIMENSION = 512
 
 # Loss at which rounding the features to the format begins to show.
 FLOOR = {torch.bfloat16: 3e-4, torch.float16: 1e-6, torch.float32: 1e-12, torch.float64: 1e-26}
@@ -28,41 +37,66 @@ SETTLED = {torch.bfloat16: 3e-5, torch.float16: 3e-7, torch.float32: 1e-9, torch
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The format in which V stored in `dtype` is multiplied."""
-    return torch.float32 if dtype == torch.float16 else dtype
+    """The format in which features are computed where V is stored in `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.int8) else dtype
 
 
-def bulk_dtype(model: FeatureMap, candidates: int, bulk: str = "auto") -> torch.dtype:
-    """The dtype of the bulk stage.
+def storage(dtype: torch.dtype) -> torch.dtype:
+    """The format in which the inputs X V^T wait for products in `dtype`."""
+    return torch.float16 if dtype == torch.int8 else dtype
+
+
+class Formats(NamedTuple):
+    """What the bulk stage computes in.
+
+    Attributes:
+        bulk: the loss and its gradient.
+        products: the Gauss-Newton products inside conjugate gradients, in the finish too.
+    """
+
+    bulk: torch.dtype
+    products: torch.dtype
+
+
+def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Formats:
+    """The formats of the bulk stage.
 
     Args:
         model: the feature map.
         candidates: how many candidates the bulk stage has.
-        bulk: "auto", "bfloat16", "float16" (V stored in it, arithmetic in float32), "float32" or
-            "float64". "auto" is bfloat16 where the device multiplies it fast; elsewhere float32,
-            or float16 if V fits the memory in that format only.
+        bulk: "auto", "bfloat16", "float16" (V stored in it, arithmetic in float32), "float32",
+            "float64", or "int8" (products in it; loss and gradient in float32). "auto" is
+            bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
+            is large; elsewhere float32. V is stored in float16 for float32 arithmetic if it fits
+            the memory in that format only.
 
     Raises:
-        ValueError: for another name, or more digits than the model has.
+        ValueError: for another name, more digits than the model has, or int8 for a model whose
+            weights cannot be rounded to it.
     """
-    formats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    named = {str(dtype).removeprefix("torch."): dtype for dtype in formats}
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    named = {str(dtype).removeprefix("torch."): Formats(dtype, dtype) for dtype in dtypes}
     if bulk in named:
         if bulk == "float64" and model.dtype == torch.float32:
             raise ValueError("bulk='float64' needs a model of dtype float64, got float32")
         return named[bulk]
-    if bulk != "auto":
-        raise ValueError(f"bulk must be 'auto' or one of {sorted(named)}, got {bulk!r}")
-    if not hasattr(model, "weight_blocks"):
-        return model.dtype
-    if candidates * model.p * model.d < WORTHWHILE:
-        return model.dtype
-    if fast_bfloat16(model.device):
-        return torch.bfloat16
+    if bulk not in ("auto", "int8"):
+        names = sorted([*named, "int8"])
+        raise ValueError(f"bulk must be 'auto' or one of {names}, got {bulk!r}")
+    if bulk == "int8" and not model.rounds_to_int8:
+        raise ValueError("bulk='int8' needs random features, whose weights can be rounded to it")
+    large = candidates * model.p * model.d >= WORTHWHILE
+    if bulk == "auto":
+        if not hasattr(model, "weight_blocks") or not large:
+            return Formats(model.dtype, model.dtype)
+        if fast_bfloat16(model.device):
+            return Formats(torch.bfloat16, torch.bfloat16)
+        if model.rounds_to_int8 and model.d >= INT8_DIMENSION and fast_int8(model.device):
+            bulk = "int8"
     fits = getattr(model, "keeps", lambda dtype: True)
-    if not fits(torch.float32) and fits(torch.float16):
-        return torch.float16
-    return torch.float32
+    narrow = not fits(torch.float32) and fits(torch.float16)
+    exact = torch.float16 if narrow else torch.float32
+    return Formats(exact, torch.int8 if bulk == "int8" else exact)
 
 
 def fast_bfloat16(device: torch.device) -> bool:

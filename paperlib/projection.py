@@ -11,15 +11,15 @@ L = ||E||^2 / ||Theta||^2 and dL/dx_i = -2 J_i^T (E^T alpha_i) / ||Theta||^2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
-from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.feature_map import FeatureMap
+from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
-from paperlib.memory import INPUTS, NOTHING, PRODUCTS
+from paperlib.long_sum import LongSum
+from paperlib.memory import NOTHING, PRODUCTS
 from paperlib.precision import arithmetic
 
 # Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
@@ -137,9 +137,9 @@ class Linearization:
         n, C = len(self.X), len(self.theta)
         new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=self.X.device)  # noqa: E731
         gram, rhs, slope_gram = new(n, n), new(n, C), new(n, n)
-        cross = new(n, model.d) if lift else None
+        cross = LongSum(n, model.d, device=self.X.device) if lift else None
         exact = torch.float64 if self.dtype != torch.bfloat16 else torch.float32
-        self._kept = []
+        self._kept = KeptActivations(model, n, self.keep)
         for block in model.blocks(dtype=self.dtype):
             inputs = block.inputs(self.X)
             if inputs is None:
@@ -147,15 +147,15 @@ class Linearization:
             else:
                 features, state = block.activate(inputs, lifted=lift is not None)
             if lift:
-                cross += features @ block.weights
+                cross.add_product(features, block.weights)
             wide = features.to(exact)
             gram += wide @ wide.T
             rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
             if curvature:
                 slope_gram += block.slope_gram(state)
-            kept = {PRODUCTS: (features, state), INPUTS: inputs, NOTHING: None}
-            self._kept.append(kept[PRODUCTS if inputs is None else self.keep])
+            self._kept.put(block, inputs, features, state)
         self.passes += 2 if lift else 1
+        cross = cross.total if lift else None
         model.sum_over_processes([gram, rhs, slope_gram] + ([cross] if lift else []))
         if lift:
             self.cross_solved = lift.inverse @ cross.T  # (d, n)
@@ -174,13 +174,13 @@ class Linearization:
         model = self.model
         wide = self.theta.dtype
         alpha = self.alpha.to(wide)
-        gradient = torch.zeros(self.X.shape, dtype=torch.float64, device=self.X.device)
+        gradient = LongSum(*self.X.shape, device=self.X.device)
         square = torch.zeros(2, dtype=torch.float64, device=self.X.device)
         # Zero where another process holds the features.
         residual = torch.zeros_like(self.theta)
-        for k, block in enumerate(model.blocks(dtype=self.dtype)):
+        for block in model.blocks(dtype=self.dtype):
             part = slice(block.start, block.stop)
-            features, state = self._reopen(k, block)
+            features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
             E = self.theta[:, part] - alpha.T @ features.to(wide)
             if self.lift:
                 V = block.weights
@@ -188,13 +188,14 @@ class Linearization:
             residual[:, part] = E
             square[0] += E.double().square().sum()
             square[1] += self.theta[:, part].double().square().sum()
-            gradient += block.vjp(state, alpha @ E)
-            if not curvature:
-                self._kept[k] = None
-            else:
-                self._kept[k] = self._lowered(self._kept[k])
+            gradient.add(block.vjp(state, alpha @ E), block.stop - block.start)
         self.passes += 1 if self.keep != NOTHING else 2
+        gradient = gradient.total
         model.sum_over_processes([gradient, square])
+        if curvature:
+            self._kept.lower(self.curvature_dtype)
+        else:
+            self._kept.forget()
         self.residual = residual
         self.residual_square, self.total_square = square.tolist()
         self.gradient = gradient.to(self.X.dtype)
@@ -202,24 +203,7 @@ class Linearization:
 
     def forget_curvature(self) -> None:
         """Give up what only `product` needs: all that is as large as the features."""
-        self._kept = []
-
-    def _reopen(self, k: int, block: FeatureBlock) -> tuple[Tensor, Any]:
-        """Features of a block and the state of its Jacobian, from what was kept of it."""
-        kept = self._kept[k]
-        if isinstance(kept, tuple):
-            return kept
-        inputs = block.inputs(self.X) if kept is None else kept
-        return block.activate(inputs, lifted=self.lift is not None)
-
-    def _lowered(self, kept: Any) -> Any:
-        """What was kept of a block in the dtype of `product`."""
-        if kept is None or self.curvature_dtype == self.dtype != torch.float16:
-            return kept
-        if isinstance(kept, tuple):
-            dtype = arithmetic(self.curvature_dtype)
-            return tuple(part if part.dtype == dtype else part.to(dtype) for part in kept)
-        return kept.to(self.curvature_dtype)
+        self._kept.forget()
 
     @property
     def loss_gradient(self) -> Tensor:
@@ -241,20 +225,20 @@ class Linearization:
         HX = torch.zeros_like(stacked, dtype=dX.dtype)
         Ha = torch.zeros_like(da)
         da_low = da.to(dtype)
-        for k, block in enumerate(self.model.blocks(dtype=self.curvature_dtype)):
-            features, state = self._reopen(k, block)
+        for block in self.model.blocks(dtype=self.curvature_dtype):
+            features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
             if dw is None:
                 T = alpha.T @ block.jvp(state, low) + da_low.T @ features
                 HX += block.vjp(state, alpha @ T)
             else:
                 # The rows of dw ride along with those of dX, so that V is read once for both; and
                 # one buffer holds what goes through V and what comes back.
-                U = stacked @ block.weights.T
+                U = block.project(stacked)
                 T = alpha.T @ U[:n].mul_(state) + da_low.T @ features + U[n:]
                 torch.mm(alpha, T, out=U[:n])
                 U[:n].mul_(state)
                 U[n:] = T
-                HX += U @ block.weights
+                HX += block.combine(U)
             Ha += (features @ T.T).to(da.dtype)
         self.passes += self.product_passes
         self.model.sum_over_processes([HX, Ha])

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.int8 import Int8Rows
 from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.precision import arithmetic
 from paperlib.streams import stream
@@ -27,6 +28,8 @@ PLACEMENTS = ("auto", "resident", "streamed")
 # of a pass finds in the cache what the first has read. On a GPU the whole block is one tile.
 TILE_BYTES = 2**23
 LEAST_TILE_ROWS = 256
+# A tile in int8 has so many times the rows.
+INT8_ROWS = 4
 
 
 class RandomFeatures(FeatureMap):
@@ -35,6 +38,8 @@ class RandomFeatures(FeatureMap):
     The model of the paper's theorems (its Section 3). With U = X V^T (n, p), the products are
     phi = act(U), J dX = act'(U) * (dX V^T), J^T W = (act'(U) * W) V.
     """
+
+    rounds_to_int8 = True
 
     def __init__(
         self,
@@ -89,7 +94,7 @@ class RandomFeatures(FeatureMap):
         self.placement = placement
         self.group = group
         self.starts = self._own_starts()
-        self._resident: dict[torch.dtype, list[Tensor]] = {}
+        self._resident: dict[torch.dtype, list[Tensor | Int8Rows]] = {}
 
     def draw(self, start: int, stop: int) -> Tensor:
         """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary.
@@ -150,11 +155,13 @@ class RandomFeatures(FeatureMap):
         rows = TILE_BYTES // (bytes_of(self.dtype, self.d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
         return min(self.block_rows, max(rows, LEAST_TILE_ROWS))
 
-    def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+    def weight_blocks(
+        self, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, Tensor | Int8Rows]]:
         """Pairs (first row, rows of V) of the tiles of this process, in order.
 
         V is rounded to `dtype` and stored in it, and handed out in the format of the arithmetic
-        that goes with it: float32 for float16.
+        that goes with it: float32 for float16, `Int8Rows` for int8.
         """
         dtype = self.dtype if dtype is None else dtype
         if dtype not in self._resident and self.keeps(dtype):
@@ -163,12 +170,13 @@ class RandomFeatures(FeatureMap):
             blocks = zip(self.starts, self._resident[dtype], strict=True)
         else:
             blocks = self._fresh_blocks(dtype)
+        rows = self.tile_rows * (INT8_ROWS if dtype == torch.int8 else 1)
         for first, V in blocks:
-            for tile in V.split(self.tile_rows):
-                yield first, tile.to(arithmetic(dtype))
+            for tile in V.split(rows):
+                yield first, tile if dtype == torch.int8 else tile.to(arithmetic(dtype))
                 first += len(tile)
 
-    def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | Int8Rows]]:
         """The blocks of this process, cast from V in the model's dtype or drawn."""
         kept = self._resident.get(self.dtype)
         for k, start in enumerate(self.starts):
@@ -176,7 +184,8 @@ class RandomFeatures(FeatureMap):
                 V = self.draw(start, min(start + self.block_rows, self.p))
             else:
                 V = kept[k]
-            yield start, V.to(self.device, dtype)
+            V = V.to(self.device)
+            yield start, Int8Rows.of(V) if dtype == torch.int8 else V.to(dtype)
 
     def sum_over_processes(self, tensors: Sequence[Tensor]) -> None:
         """All-reduce partial sums over the processes that share the features, in place."""
@@ -213,7 +222,9 @@ class RandomFeatures(FeatureMap):
 class RandomFeatureBlock(FeatureBlock):
     """The features act(v_k . x) of a range of rows v_k."""
 
-    def __init__(self, start: int, weights: Tensor, activation: Activation, linear: float):
+    def __init__(
+        self, start: int, weights: Tensor | Int8Rows, activation: Activation, linear: float
+    ):
         """Hold rows start, .. of V, shape (h, d)."""
         self.start = start
         self.stop = start + len(weights)
@@ -227,7 +238,21 @@ class RandomFeatureBlock(FeatureBlock):
 
     def inputs(self, X: Tensor) -> Tensor:
         """U = X V^T, (n, h)."""
-        return X.to(self.weights.dtype) @ self.weights.T
+        return self.project(X)
+
+    def project(self, A: Tensor) -> Tensor:
+        """A V^T, (m, h), for A of shape (m, d)."""
+        A = A.to(self.weights.dtype)
+        return self.weights.project(A) if self.in_int8 else A @ self.weights.T
+
+    def combine(self, W: Tensor) -> Tensor:
+        """W V, (m, d), for W of shape (m, h)."""
+        return self.weights.combine(W) if self.in_int8 else W @ self.weights
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether the rows of V are rounded to 8 bits."""
+        return isinstance(self.weights, Int8Rows)
 
     def activate(self, inputs: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
         """Features act(u), (n, h), and the slopes act'(u), (n, h), as state."""
@@ -240,11 +265,11 @@ class RandomFeatureBlock(FeatureBlock):
 
     def jvp(self, state: Tensor, dX: Tensor) -> Tensor:
         """Slopes * (dX V^T), (n, h)."""
-        return state * (dX.to(self.weights.dtype) @ self.weights.T)
+        return state * self.project(dX)
 
     def vjp(self, state: Tensor, W: Tensor) -> Tensor:
         """(slopes * W) V, (n, d)."""
-        return (state * W.to(state.dtype)) @ self.weights
+        return self.combine(state * W.to(state.dtype))
 
     def slope_gram(self, state: Tensor) -> Tensor:
         """sum_k act'(u_ik) act'(u_jk) ||v_k||^2 / d, with ||v_k||^2 at its mean, 1."""

@@ -150,7 +150,9 @@ def second_order_options(
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.
         bulk: arithmetic of the bulk stage: "auto", "bfloat16", "float16" (V stored in half the
-            bytes, arithmetic in float32), "float32" or "float64".
+            bytes, arithmetic in float32), "float32", "float64", or "int8" (for the products
+            inside the linear solves; loss and gradient in float32). "auto" is the fastest that
+            the device has instructions for (see `precision.py`).
         keep: what stays of the activations between passes: "features and slopes", the "inputs"
             that both follow from, "nothing" (half as long again), or "auto", by what fits.
         forcing: relative residual of the inner linear solves.

@@ -28,7 +28,7 @@ from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
 from paperlib.message_passing import MessagePassing
-from paperlib.precision import FLOOR, SETTLED, bulk_dtype
+from paperlib.precision import FLOOR, SETTLED, bulk_formats
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reseed import reseed_least_useful
@@ -104,9 +104,10 @@ class SecondOrderSolver:
         self.max_steps, self.tolerance = max_steps, tolerance
         self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
-        self.bulk = bulk_dtype(model, self.candidates, bulk)
-        make_room(model, self.bulk)
-        sizes = (self.candidates, len(theta), self.bulk)
+        formats = bulk_formats(model, self.candidates, bulk)
+        self.bulk, self.products = formats
+        make_room(model, formats)
+        sizes = (self.candidates, len(theta), formats)
         self.keep = choose_kept(model, *sizes, n=n) if keep == "auto" else keep
         check_memory(model, *sizes, n=n, keep=self.keep)
         self.generator = stream("candidates", seed)
@@ -296,7 +297,7 @@ class SecondOrderSolver:
                 candidates,
                 lift=lift,
                 dtype=dtype,
-                curvature_dtype=self.bulk,
+                curvature_dtype=self.products,
                 curvature=True,
                 keep=self.keep,
             )
@@ -316,7 +317,17 @@ class SecondOrderSolver:
         seconds = time.perf_counter() - begun
         for record in run.history:
             self.history.append({"restart": restart, "stage": name, **record})
-        self._log(name, dtype, run.status, run.point.loss, len(X), run.passes, seconds, restart)
+        self._log(
+            name,
+            dtype,
+            run.status,
+            run.point.loss,
+            len(X),
+            run.passes,
+            seconds,
+            restart,
+            products=self.products,
+        )
         return run.point
 
     def _log(
@@ -329,13 +340,17 @@ class SecondOrderSolver:
         passes: int,
         seconds: float,
         restart: int,
+        *,
+        products: torch.dtype | None = None,
     ) -> None:
+        """Log a stage; `products` is the format of its Gauss-Newton products, if it has any."""
         self.passes += passes
         self.stages.append(
             {
                 "restart": restart,
                 "stage": name,
                 "dtype": str(dtype).removeprefix("torch."),
+                "products": str(products or dtype).removeprefix("torch."),
                 "ended": status,
                 "loss": loss,
                 "candidates": candidates,

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
+from paperlib.long_sum import LongSum
+
+# Into so many bands the columns of V are cut for V^T V.
+BANDS = 4
 
 
 class WeightGram:
@@ -25,9 +29,22 @@ class WeightGram:
             dtype: of the products with V.
         """
         self.model, self.dtype = model, dtype
-        gram = torch.zeros(model.d, model.d, dtype=torch.float64, device=model.device)
+        # The blocks on and above the diagonal: nearly half of the work is saved by symmetry.
+        width = -(-model.d // BANDS)
+        starts = range(0, model.d, width)
+        sums = {
+            (i, j): LongSum(min(width, model.d - i), min(width, model.d - j), device=model.device)
+            for i in starts
+            for j in starts
+            if i <= j
+        }
         for block in model.blocks(dtype=dtype):
-            gram += block.weights.T @ block.weights
+            for (i, j), part in sums.items():
+                part.add_product(block.weights[:, i : i + width].T, block.weights[:, j : j + width])
+        gram = torch.empty(model.d, model.d, dtype=torch.float64, device=model.device)
+        for (i, j), part in sums.items():
+            gram[i : i + width, j : j + width] = part.total
+            gram[j : j + width, i : i + width] = part.total.T
         model.sum_over_processes([gram])
         self.gram = 0.5 * (gram + gram.T)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram))

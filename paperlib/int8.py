@@ -1,0 +1,89 @@
+"""Rows of V in 8 bits, and the two products of a pass with them.
+
+Conjugate gradients need few digits of their products: the loss and its gradient are evaluated in
+more, and each linear solve mends what the last one missed, as in iterative refinement. Processors
+with VNNI instructions multiply whole numbers of 8 bits several times as fast as floating-point
+numbers, and V takes a quarter of its float32 memory.
+
+Every row of V, and of what is multiplied with it, is s q with whole numbers q in -127 .. 127 and a
+scale s = max |row| / 127 of its own. The products of whole numbers are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+
+
+class Int8Rows:
+    """Rows of V, (h, d), rounded to 8 bits; what they are multiplied with is rounded alike.
+
+    Attributes:
+        dtype: the format of the products: float32.
+        shape: (h, d).
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, values: Tensor, scale: Tensor):
+        """Hold whole numbers (h, d), int8, and the scale of each row, (h,)."""
+        self.values, self.scale, self.shape = values, scale, values.shape
+
+    @classmethod
+    def of(cls, V: Tensor) -> Int8Rows:
+        """V (h, d), rounded."""
+        values, scale = rounded(V.float())
+        return cls(values, scale[:, 0])
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self.values)
+
+    def split(self, rows: int) -> Iterator[Int8Rows]:
+        """Tiles of so many rows, views of this one."""
+        for values, scale in zip(self.values.split(rows), self.scale.split(rows), strict=True):
+            yield Int8Rows(values, scale)
+
+    def float(self) -> Tensor:
+        """The rows as they were rounded, (h, d) float32."""
+        return self.values * self.scale[:, None]
+
+    def project(self, A: Tensor) -> Tensor:
+        """A V^T, (m, h), for A of shape (m, d)."""
+        values, scale = rounded(A)
+        return multiply(values, self.values.T).mul_(scale).mul_(self.scale)
+
+    def combine(self, W: Tensor) -> Tensor:
+        """W V, (m, d), for W of shape (m, h)."""
+        values, scale = rounded(W * self.scale)
+        return multiply(values, self.values).mul_(scale)
+
+
+def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers q, int8 of the shape of A, and scales s, (m, 1), with A = s q to rounding."""
+    largest = A.abs().amax(1, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1) / LARGEST
+    return (A / scale).round_().to(torch.int8), scale
+
+
+def multiply(A: Tensor, B: Tensor) -> Tensor:
+    """A B of whole numbers in 8 bits, (m, k) and (k, l), as float32.
+
+    Where the processor has no instructions for it, float32 multiplies the same numbers.
+    """
+    if fast_int8(A.device):
+        return torch._int_mm(A, B).float()
+    return A.float() @ B.float()
+
+
+def fast_int8(device: torch.device) -> bool:
+    """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
+    if device.type != "cpu":
+        return False
+    # Absent before torch 2.10 or so: then the safe answer is no.
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(features.get("avx512_vnni") or features.get("avx_vnni"))

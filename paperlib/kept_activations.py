@@ -1,0 +1,76 @@
+"""What one evaluation of the loss leaves for the passes after it, see `Linearization`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.memory import INPUTS, NOTHING
+from paperlib.precision import arithmetic, storage
+
+
+class KeptActivations:
+    """Features and Jacobian states of all blocks at n candidates, or what they follow from.
+
+    Where there are weights, what is kept lies in whole arrays, one row a candidate: they are
+    allocated at once, and later passes may cut them into tiles of another height. What modules
+    keep lies block by block.
+    """
+
+    def __init__(self, model: FeatureMap, n: int, keep: str):
+        """Nothing is kept yet.
+
+        Args:
+            model: the feature map.
+            n: how many candidates there are.
+            keep: "features and slopes", "inputs" or "nothing".
+        """
+        self.keep, self.n = keep, n
+        self.held = getattr(model, "rows_held", model.p)
+        self.first = 0
+        self.arrays: list[Tensor] = []
+        self.parts: dict[int, tuple[Tensor, Any]] = {}
+
+    def put(self, block: FeatureBlock, inputs: Tensor | None, features: Tensor, state: Any) -> None:
+        """Keep a block; blocks come in order."""
+        if inputs is None:
+            self.parts[block.start] = features, state
+            return
+        if self.keep == NOTHING:
+            return
+        found = [inputs] if self.keep == INPUTS else [features, state]
+        if not self.arrays:
+            self.first = block.start
+            self.arrays = [part.new_empty(self.n, self.held) for part in found]
+        for array, part in zip(self._cut(block), found, strict=True):
+            array.copy_(part)
+
+    def open(self, block: FeatureBlock, X: Tensor, *, lifted: bool) -> tuple[Tensor, Any]:
+        """Features of a block at the candidates X and the state of its Jacobian."""
+        if block.start in self.parts:
+            return self.parts[block.start]
+        if not self.arrays:
+            return block.activate(block.inputs(X), lifted=lifted)
+        cut = self._cut(block)
+        return block.activate(cut[0], lifted=lifted) if self.keep == INPUTS else tuple(cut)
+
+    def lower(self, dtype: torch.dtype) -> None:
+        """Round what is kept to what products in `dtype` need."""
+        kept = storage(dtype) if self.keep == INPUTS else arithmetic(dtype)
+        self.arrays = [array.to(kept) for array in self.arrays]
+
+    def forget(self) -> None:
+        """Give everything up."""
+        self.arrays, self.parts = [], {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(array.numel() * array.element_size() for array in self.arrays)
+
+    def _cut(self, block: FeatureBlock) -> list[Tensor]:
+        part = slice(block.start - self.first, block.stop - self.first)
+        return [array[:, part] for array in self.arrays]

@@ -1,0 +1,121 @@
+"""Products in 8 bits: exact for whole numbers, near for others, and enough for an attack."""
+
+import pytest
+import torch
+
+import paperlib
+from paperlib import int8
+from paperlib.int8 import Int8Rows
+from paperlib.precision import Formats, bulk_formats
+
+VNNI = int8.fast_int8(torch.device("cpu"))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(*shape, seed=0):
+    numbers = torch.randint(
+        -127, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32
+    )
+    numbers[:, 0] = 127  # so that every row's scale is one
+    return numbers
+
+
+def test_whole_numbers_are_multiplied_exactly():
+    V, A, W = whole(40, 30), whole(5, 30, seed=1), whole(5, 40, seed=2)
+    rows = Int8Rows.of(V)
+    assert torch.equal(rows.float(), V) and rows.shape == (40, 30) and len(rows) == 40
+    assert torch.equal(rows.project(A), A @ V.T)
+    assert torch.equal(rows.combine(W), W @ V)
+
+
+@pytest.mark.skipif(not VNNI, reason="no instructions for 8 bits")
+def test_the_processor_s_instructions_give_the_same_numbers(monkeypatch):
+    A, B = whole(7, 900).to(torch.int8), whole(900, 33, seed=1).to(torch.int8)
+    fast = int8.multiply(A, B)
+    monkeypatch.setattr(int8, "fast_int8", lambda device: False)
+    assert torch.equal(fast.double(), A.double() @ B.double())
+    torch.testing.assert_close(int8.multiply(A, B), fast, rtol=1e-5, atol=16)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-20, 1e20])
+def test_the_error_is_that_of_rounding_rows_of_any_length(spread):
+    V = randn(300, 200) * torch.logspace(-3, 3, 300)[:, None]
+    A, W = spread * randn(4, 200, seed=1), spread * randn(4, 300, seed=2)
+    rows = Int8Rows.of(V)
+    step = V.abs().amax(1, keepdim=True) / 127
+    assert bool(((rows.float() - V).abs() <= 0.5001 * step).all())
+    for found, exact in ((rows.project(A), A @ V.T), (rows.combine(W), W @ V)):
+        error = float((found - exact).double().norm() / exact.double().norm())
+        assert 1e-4 < error < 0.03
+
+
+def test_rows_of_zeros_stay_zero():
+    rows = Int8Rows.of(torch.zeros(3, 4))
+    assert torch.equal(rows.float(), torch.zeros(3, 4))
+    assert torch.equal(rows.project(torch.zeros(2, 4)), torch.zeros(2, 3))
+
+
+def test_tiles_are_views_of_all_rows():
+    V = randn(10, 6)
+    tiles = list(Int8Rows.of(V).split(4))
+    assert [len(tile) for tile in tiles] == [4, 4, 2]
+    assert torch.equal(torch.cat([tile.float() for tile in tiles]), Int8Rows.of(V).float())
+    first, second = (tile.values.untyped_storage().data_ptr() for tile in tiles[:2])
+    assert first == second
+
+
+@pytest.mark.parametrize("placement", ["resident", "streamed"])
+def test_blocks_in_8_bits_are_those_of_v(placement):
+    model = paperlib.RandomFeatures(700, 3000, placement=placement, block_rows=2048)
+    X, dX, W = randn(3, 700), randn(3, 700, seed=1), randn(3, 3000, seed=2)
+    heights = []
+    jvp, vjp = torch.zeros(3, 3000), torch.zeros(3, 700)
+    for block in model.blocks(dtype=torch.int8):
+        heights.append(block.stop - block.start)
+        _, state = block.linearize(X)
+        jvp[:, block.start : block.stop] = block.jvp(state, dX)
+        vjp += block.vjp(state, W[:, block.start : block.stop])
+    assert heights == [2048, 952]  # taller than in float32, and never across a block
+    for found, exact in ((jvp, model.jvp(X, dX)), (vjp, model.vjp(X, W))):
+        assert 1e-4 < float((found - exact).norm() / exact.norm()) < 0.2  # some slopes flip
+    assert model.holds(torch.int8) == (placement == "resident")
+
+
+def test_auto_multiplies_in_8_bits_where_that_is_fast(monkeypatch):
+    def formats(d, *, bf16, int8, **options):
+        monkeypatch.setattr("paperlib.precision.fast_bfloat16", lambda device: bf16)
+        monkeypatch.setattr("paperlib.precision.fast_int8", lambda device: int8)
+        return bulk_formats(paperlib.RandomFeatures(d, 600_000 // d, **options), 2000)
+
+    single = Formats(torch.float32, torch.float32)
+    assert formats(600, bf16=False, int8=True) == (torch.float32, torch.int8)
+    assert formats(600, bf16=True, int8=True) == (torch.bfloat16, torch.bfloat16)
+    assert formats(600, bf16=False, int8=False) == single
+    assert formats(100, bf16=False, int8=True) == single  # rounding would take too long
+    assert formats(600, bf16=False, int8=True, dtype=torch.float64) == (torch.float32, torch.int8)
+    given = paperlib.GivenFeatures(randn(1000, 600))
+    assert bulk_formats(given, 2000) == single
+
+
+def test_8_bits_are_for_random_features_only():
+    given = paperlib.GivenFeatures(randn(100, 8))
+    with pytest.raises(ValueError, match="bulk='int8' needs random features"):
+        paperlib.reconstruct(given, torch.ones(1, 100), 2, bulk="int8")
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu+tanh", "tanh"])
+def test_an_attack_with_products_in_8_bits_ends_as_exactly_as_any(activation):
+    data = paperlib.sphere(5, 30, seed=3)
+    model = paperlib.RandomFeatures(30, 1500, activation, seed=5)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    found = paperlib.reconstruct(
+        model, theta, 5, seed=1, bulk="int8", start="random", progress=False
+    )
+    assert {stage["products"] for stage in found.stages if stage["stage"] == "bulk"} == {"int8"}
+    assert {stage["dtype"] for stage in found.stages} == {"float32"}
+    assert found.explained and found.loss < 1e-10
+    errors = paperlib.compare(data.X, found.samples)
+    assert (errors.up_to_sign if model.odd else errors.signed).max() < 1e-3
