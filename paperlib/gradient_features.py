@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from paperlib.checks import check_finite, check_positive, check_rows
 from paperlib.module_features import ModuleFeatures, differentiable_attention
 from paperlib.networks.two_layer import Pointwise
+from paperlib.saved_activations import saved_bytes
 
 
 class GradientFeatures(ModuleFeatures):
@@ -202,18 +203,11 @@ class GradientFeatures(ModuleFeatures):
 
     def _bytes_per_sample(self) -> int:
         """A gradient, its tangent, and the activations forward and backward of one sample."""
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         network = self.module.network
         x = torch.zeros(1, self.d, device=self.device, dtype=self.dtype, requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            network(x.reshape(1, *self.input_shape))
-        own = {t.untyped_storage().data_ptr() for t in network.state_dict().values()}
-        inner = sum(size for where, size in saved.items() if where not in own)
+        inner, _ = saved_bytes(
+            lambda: network(x.reshape(1, *self.input_shape)), network.state_dict().values()
+        )
         return 2 * inner + 2 * self.p * x.element_size()
 
 

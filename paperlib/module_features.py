@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paperlib.checks import check_count, check_device, check_dtype, check_positive, check_rows
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.saved_activations import saved_bytes
 from paperlib.sphere import random_on_sphere
 from paperlib.streams import stream
 
@@ -213,17 +214,8 @@ class ModuleFeatures(FeatureMap):
 
     def _bytes_per_sample(self) -> int:
         """Activations that autograd saves for one sample."""
-        saved: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         x = torch.zeros(1, self.d, device=self.device, dtype=self.dtype, requires_grad=True)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = self.forward(x)
-        own = {t.untyped_storage().data_ptr() for t in self.module.state_dict().values()}
-        inner = sum(size for where, size in saved.items() if where not in own)
+        inner, out = saved_bytes(lambda: self.forward(x), self.module.state_dict().values())
         return inner + out.numel() * out.element_size()
 
 

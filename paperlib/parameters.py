@@ -44,7 +44,6 @@ def _is_number(value: object) -> bool:
 positive_int = Spec("a whole number of at least 1", lambda v: _is_int(v) and v >= 1)
 non_negative_int = Spec("a whole number of at least 0", lambda v: _is_int(v) and v >= 0)
 positive = Spec("a finite number above 0", lambda v: _is_number(v) and v > 0)
-non_negative = Spec("a finite number of at least 0", lambda v: _is_number(v) and v >= 0)
 boolean = Spec("True or False", lambda v: isinstance(v, bool))
 text = Spec("text", lambda v: isinstance(v, str))
 
