@@ -1,11 +1,12 @@
 """How near the products of the attack run to what the machine can do.
 
     python benchmarks/products.py [--d 3072] [--p 65536] [--n 14 30 70 140] [--threads 2]
-        [--dtypes bfloat16 float32] [--out results/products.csv]
+        [--dtypes bfloat16 float32 int8] [--out results/products.csv]
 
 Each product with V of a pass (2 n p d operations) has two floors: its operations over the rate of
 a large square matrix product, and one reading of V over the bandwidth of a large sum. The larger
-of the two floors over the time measured is its efficiency, 1 at best. All in one run.
+of the two floors over the time measured is its efficiency, 1 at best. All in one run. int8 is for
+the Gauss-Newton product alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pandas
 import torch
 
 import paperlib
+from paperlib.int8 import multiply
 from paperlib.lift import Lift
 from paperlib.memory import INPUTS, INPUTS_DIMENSION, PRODUCTS
 from paperlib.precision import arithmetic
@@ -52,8 +54,13 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 @lru_cache
 def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
     """Operations a second of a square product, and bytes a second of reading a large tensor."""
-    square = torch.randn(SIDE, SIDE, device=device).to(arithmetic(dtype))
-    rate = 2 * SIDE**3 / seconds(lambda: square @ square)
+    square = torch.randn(SIDE, SIDE, device=device)
+    if dtype == torch.int8:
+        square = (20 * square).to(dtype)
+        rate = 2 * SIDE**3 / seconds(lambda: multiply(square, square))
+    else:
+        square = square.to(arithmetic(dtype))
+        rate = 2 * SIDE**3 / seconds(lambda: square @ square)
     # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
     long = torch.randn(2**27, device=device)
     return rate, 4 * len(long) / seconds(lambda: long.sum())
@@ -75,7 +82,14 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
 
     def linearize() -> Linearization:
         return Linearization(
-            model, lift.theta, X, lift=lift, dtype=dtype, curvature=True, keep=keep
+            model,
+            lift.theta,
+            X,
+            lift=lift,
+            dtype=torch.float32 if dtype == torch.int8 else dtype,
+            curvature_dtype=dtype,
+            curvature=True,
+            keep=keep,
         )
 
     point = linearize()
@@ -86,6 +100,8 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
         ("linearize", linearize, 3, 2),
         ("Gauss-Newton product", lambda: point.product(*step), 2, 1),
     ]
+    if dtype == torch.int8:
+        cases = cases[1:]
     rows = []
     for name, work, products, readings in cases:
         took = seconds(work)
@@ -115,7 +131,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=3072)
     parser.add_argument("--p", type=int, default=65536)
     parser.add_argument("--n", type=int, nargs="+", default=[14, 30, 70, 140])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "int8"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)

@@ -109,13 +109,10 @@ class SecondOrderSolver:
         make_room(model, formats)
         sizes = (self.candidates, len(theta), formats)
         self.keep = choose_kept(model, *sizes, n=n) if keep == "auto" else keep
-        check_memory(model, *sizes, n=n, keep=self.keep)
         self.generator = stream("candidates", seed)
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.passes = 0
-        self.lift = self._make_lift(lift)
-        self.passing: MessagePassing | None = None
         self.ratio = numbers_per_unknown(model, theta, n)
         possible = (
             hasattr(model, "weight_blocks")
@@ -131,6 +128,10 @@ class SecondOrderSolver:
         if restarts is None:
             restarts = RESTARTS_NEAR if self.always_messages else RESTARTS
         self.restarts = restarts
+        sent = self.always_messages or (self.messages and restarts > 1)
+        check_memory(model, *sizes, n=n, keep=self.keep, messages=sent)
+        self.lift = self._make_lift(lift)
+        self.passing: MessagePassing | None = None
 
     def _make_lift(self, wanted: bool | None) -> Lift | None:
         model = self.model

@@ -175,6 +175,28 @@ def test_the_prediction_of_the_activations_is_what_is_kept(keep, dtype, products
     assert before + at._kept.bytes == memory.activation_bytes(5, 0, 2500, keep, own, formats)
 
 
+def test_message_passing_is_counted_where_it_takes_more():
+    model = paperlib.RandomFeatures(50, 4000)
+    descent = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS)["activations"]
+    assert descent == 2 * 3 * 4000 * 4
+    both = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS, messages=True)
+    assert both["activations"] == 3 * (3 + 2) * 4000 * 4  # the scores of samples and outputs
+
+
+@pytest.mark.parametrize(("restarts", "refused"), [(1, False), (2, True)])
+def test_a_run_whose_messages_would_not_fit_is_refused(monkeypatch, restarts, refused):
+    data = paperlib.sphere(3, 40, seed=1)
+    model = paperlib.RandomFeatures(40, 600, placement="streamed")  # p = 5 d n
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    monkeypatch.setattr("paperlib.memory.message_bytes", lambda n, outputs, p: 10**9)
+    set_free(monkeypatch, 10**8)
+    if refused:
+        with pytest.raises(MemoryError, match="activations 1 GB"):
+            paperlib.reconstruct(model, theta, 3, restarts=restarts, progress=False)
+    else:
+        assert paperlib.reconstruct(model, theta, 3, restarts=restarts, progress=False).explained
+
+
 def test_less_is_kept_where_less_fits(monkeypatch):
     small, large = paperlib.RandomFeatures(50, 40_000), paperlib.RandomFeatures(1024, 40_000)
     size = 4 * 50 * 40_000  # V of the small one; 30 candidates take 19 MB twice over, inputs 10
