@@ -18,6 +18,9 @@ from torch import Tensor
 
 LARGEST = 127
 
+# So many products of two such numbers add up within 32 bits, whatever they are.
+MOST_TERMS = (2**31 - 1) // LARGEST**2
+
 
 class Int8Rows:
     """Rows of V, (h, d), rounded to 8 bits; what they are multiplied with is rounded alike.
@@ -73,9 +76,10 @@ def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
 def multiply(A: Tensor, B: Tensor) -> Tensor:
     """A B of whole numbers in 8 bits, (m, k) and (k, l), as float32.
 
-    Where the processor has no instructions for it, float32 multiplies the same numbers.
+    Where the processor has no instructions for it, or sums might not fit into 32 bits, float32
+    multiplies the same numbers.
     """
-    if fast_int8(A.device):
+    if fast_int8(A.device) and A.shape[1] <= MOST_TERMS:
         return torch._int_mm(A, B).float()
     return A.float() @ B.float()
 

@@ -40,6 +40,13 @@ def test_the_processor_s_instructions_give_the_same_numbers(monkeypatch):
     torch.testing.assert_close(int8.multiply(A, B), fast, rtol=1e-5, atol=16)
 
 
+def test_sums_do_not_overflow():
+    ones = torch.full((1, int8.MOST_TERMS + 1), 127, dtype=torch.int8)
+    expected = 127.0**2 * (int8.MOST_TERMS + 1)
+    assert expected >= 2**31
+    assert float(int8.multiply(ones, ones.T)) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("spread", [1.0, 1e-20, 1e20])
 def test_the_error_is_that_of_rounding_rows_of_any_length(spread):
     V = randn(300, 200) * torch.logspace(-3, 3, 300)[:, None]
