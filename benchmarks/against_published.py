@@ -85,8 +85,8 @@ def measure(
     }
 
 
-def compare_solvers(case: str, options: argparse.Namespace) -> pandas.DataFrame:
-    """All runs of a case, a row each."""
+def compare_solvers(case: str, options: argparse.Namespace, out: Path) -> pandas.DataFrame:
+    """All runs of a case, a row each; written after every run, so that none is lost."""
     n, p, preset = CASES[case]
     data = load(case, n, options.data_seed)
     X, y = data.X.to(options.device), data.y.to(options.device)
@@ -96,30 +96,6 @@ def compare_solvers(case: str, options: argparse.Namespace) -> pandas.DataFrame:
     theta = paperlib.fit_min_norm(model, X, y)
     drawing = drawing_time(model)
     print(f"{case}: n = {n}, d = {model.d}, p = {p}, V drawn in {drawing:.2f} s", flush=True)
-    rows = []
-    for seed in range(options.published_seeds):
-        row = measure(
-            model,
-            theta,
-            X,
-            seed,
-            solver="published",
-            max_steps=options.published_steps,
-            **PRESETS[preset].options,
-        )
-        a_step = row["seconds a step"]
-        steps = row["steps"] if row["reached"] else max(LIMIT, row["steps"])
-        row["steps to stop or limit"] = steps
-        row["seconds to stop or limit"] = a_step * steps
-        row["the same, V drawn anew"] = (a_step + n * drawing) * steps
-        rows.append(row)
-        show(row)
-    for seed in range(options.seeds):
-        row = measure(model, theta, X, seed)
-        del row["seconds a step"]  # steps of several stages are not alike
-        row["seconds to stop or limit"] = row["seconds"]
-        rows.append(row)
-        show(row)
     kind = machine()
     about = {
         "case": case,
@@ -137,7 +113,38 @@ def compare_solvers(case: str, options: argparse.Namespace) -> pandas.DataFrame:
         "gpu": kind["gpu"],
         "torch": kind["libraries"]["torch"],
     }
-    return pandas.DataFrame([{**about, **row, **where} for row in rows])
+    rows = []
+
+    def table() -> pandas.DataFrame:
+        return pandas.DataFrame([{**about, **row, **where} for row in rows])
+
+    def keep(row: dict) -> None:
+        rows.append(row)
+        show(row)
+        table().to_csv(out, index=False)
+
+    for seed in range(options.published_seeds):
+        row = measure(
+            model,
+            theta,
+            X,
+            seed,
+            solver="published",
+            max_steps=options.published_steps,
+            **PRESETS[preset].options,
+        )
+        a_step = row["seconds a step"]
+        steps = row["steps"] if row["reached"] else max(LIMIT, row["steps"])
+        row["steps to stop or limit"] = steps
+        row["seconds to stop or limit"] = a_step * steps
+        row["the same, V drawn anew"] = (a_step + n * drawing) * steps
+        keep(row)
+    for seed in range(options.seeds):
+        row = measure(model, theta, X, seed)
+        del row["seconds a step"]  # steps of several stages are not alike
+        row["seconds to stop or limit"] = row["seconds"]
+        keep(row)
+    return table()
 
 
 def show(row: dict) -> None:
@@ -194,11 +201,9 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.seeds, options.published_seeds, options.published_steps) < 1:
         parser.error("seeds and steps must be at least 1")
-    table = compare_solvers(options.case, options)
-    print(summarise(table))
     out = options.out or RESULTS / f"against_published_{options.case}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out, index=False)
+    print(summarise(compare_solvers(options.case, options, out)))
 
 
 if __name__ == "__main__":
