@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from paperlib.instructions import fast_int8
+
 LARGEST = 127
 
 # So many products of two such numbers add up within 32 bits, whatever they are.
@@ -82,12 +84,3 @@ def multiply(A: Tensor, B: Tensor) -> Tensor:
     if fast_int8(A.device) and A.shape[1] <= MOST_TERMS:
         return torch._int_mm(A, B).float()
     return A.float() @ B.float()
-
-
-def fast_int8(device: torch.device) -> bool:
-    """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
-    if device.type != "cpu":
-        return False
-    # Absent before torch 2.10 or so: then the safe answer is no.
-    features = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(features.get("avx512_vnni") or features.get("avx_vnni"))

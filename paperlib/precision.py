@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from paperlib.feature_map import FeatureMap
-from paperlib.int8 import fast_int8
+from paperlib.instructions import fast_bfloat16, fast_int8
 
 # Below this many multiplications a pass, conversion and launch overheads outweigh the gain.
 WORTHWHILE = 5e8
@@ -85,8 +85,8 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
         raise ValueError(f"bulk must be 'auto' or one of {names}, got {bulk!r}")
     if bulk == "int8" and not model.rounds_to_int8:
         raise ValueError("bulk='int8' needs random features, whose weights can be rounded to it")
-    large = candidates * model.p * model.d >= WORTHWHILE
     if bulk == "auto":
+        large = candidates * model.p * model.d >= WORTHWHILE
         if not hasattr(model, "weight_blocks") or not large:
             return Formats(model.dtype, model.dtype)
         if fast_bfloat16(model.device):
@@ -97,14 +97,3 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
     narrow = not fits(torch.float32) and fits(torch.float16)
     exact = torch.float16 if narrow else torch.float32
     return Formats(exact, torch.int8 if bulk == "int8" else exact)
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # Absent before torch 2.10 or so: then the safe answer is no.
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-    return False

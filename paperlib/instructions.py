@@ -1,0 +1,26 @@
+"""Which formats a device multiplies in hardware."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _processor_has(device, "avx512_bf16", "amx_bf16")
+
+
+def fast_int8(device: torch.device) -> bool:
+    """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
+    return _processor_has(device, "avx512_vnni", "avx_vnni")
+
+
+def _processor_has(device: torch.device, *names: str) -> bool:
+    """Whether the device is a CPU with one of these sets of instructions."""
+    if device.type != "cpu":
+        return False
+    # Absent before torch 2.10 or so: then the safe answer is no.
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(features.get(name) for name in names)
