@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.weight_gram import WeightGram
+from paperlib.weight_gram import GramSum, WeightGram
 
 # A direction inside the bulk of the spectrum still begins with a little overlap.
 LEAST_OVERLAP, MOST_OVERLAP = 0.15, 0.98
@@ -64,14 +64,15 @@ class SpectralStart:
         """The matrices M, (C, d, d) float64, and the scale s of their noise (per output, rms)."""
         model, C = self.model, len(Y)
         w = self.linear_part(Y)
-        M = torch.zeros(C, model.d, model.d, dtype=torch.float64, device=Y.device)
+        moments = [GramSum(model.d, device=Y.device) for _ in range(C)]
         sums = torch.zeros(2, C, dtype=torch.float64, device=Y.device)
         for block in model.blocks(dtype=self.dtype):
             V = block.weights
             rest = Y[:, block.start : block.stop] - (w.to(V.dtype) @ V.T).to(Y.dtype)
             sums += torch.stack([rest.double().sum(1), rest.double().square().sum(1)])
-            for c in range(C):
-                M[c] += (V.T * rest[c].to(V.dtype)) @ V
+            for moment, row in zip(moments, rest, strict=True):
+                moment.add(V * row.to(V.dtype)[:, None], V)
+        M = torch.stack([moment.total for moment in moments])
         model.sum_over_processes([M, sums])
         mean, square = sums / model.p
         M -= mean[:, None, None] * self.weight_gram.gram

@@ -12,6 +12,38 @@ from paperlib.long_sum import LongSum
 BANDS = 4
 
 
+class GramSum:
+    """sum_k A_k^T B_k, (d, d) float64, for tiles whose sum is symmetric: nearly half of the work.
+
+    Only the blocks on and above the diagonal are formed.
+    """
+
+    def __init__(self, d: int, *, device: torch.device):
+        """Start at zero."""
+        self.d, self.width, self.device = d, -(-d // BANDS), device
+        starts = range(0, d, self.width)
+        self.sums = {
+            (i, j): LongSum(min(self.width, d - i), min(self.width, d - j), device=device)
+            for i in starts
+            for j in starts
+            if i <= j
+        }
+
+    def add(self, A: Tensor, B: Tensor) -> None:
+        """Add A^T B, both (h, d)."""
+        for (i, j), part in self.sums.items():
+            part.add_product(A[:, i : i + self.width].T, B[:, j : j + self.width])
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far, (d, d) float64."""
+        gram = torch.empty(self.d, self.d, dtype=torch.float64, device=self.device)
+        for (i, j), part in self.sums.items():
+            gram[i : i + self.width, j : j + self.width] = part.total
+            gram[j : j + self.width, i : i + self.width] = part.total.T
+        return gram
+
+
 class WeightGram:
     """V^T V of a model with weights V, formed in one pass with d columns.
 
@@ -29,22 +61,10 @@ class WeightGram:
             dtype: of the products with V.
         """
         self.model, self.dtype = model, dtype
-        # The blocks on and above the diagonal: nearly half of the work is saved by symmetry.
-        width = -(-model.d // BANDS)
-        starts = range(0, model.d, width)
-        sums = {
-            (i, j): LongSum(min(width, model.d - i), min(width, model.d - j), device=model.device)
-            for i in starts
-            for j in starts
-            if i <= j
-        }
+        total = GramSum(model.d, device=model.device)
         for block in model.blocks(dtype=dtype):
-            for (i, j), part in sums.items():
-                part.add_product(block.weights[:, i : i + width].T, block.weights[:, j : j + width])
-        gram = torch.empty(model.d, model.d, dtype=torch.float64, device=model.device)
-        for (i, j), part in sums.items():
-            gram[i : i + width, j : j + width] = part.total
-            gram[j : j + width, i : i + width] = part.total.T
+            total.add(block.weights, block.weights)
+        gram = total.total
         model.sum_over_processes([gram])
         self.gram = 0.5 * (gram + gram.T)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram))
