@@ -32,16 +32,26 @@ class Lift:
     def __init__(self, model: FeatureMap, theta: Tensor, *, dtype: torch.dtype):
         """Form V^T V in `dtype` and take V's part out of theta.
 
-        Two passes over V with d columns, and a few with C columns: rounding V to `dtype` makes
+        One pass over V with d columns, and a few with C columns: rounding V to `dtype` makes
         the projection inexact, which `REFINEMENTS` steps of iterative refinement mend in theta.
         """
-        self.dtype, self.weight_gram = dtype, WeightGram(model, dtype=dtype)
+        self.dtype = dtype
+        self.weight_gram = WeightGram(model, dtype=dtype, beside=theta)
         self.gram, self.inverse = self.weight_gram.gram, self.weight_gram.inverse
         self.inverse32 = self.inverse.float()
         self.theta = theta.clone()
+        left = self.weight_gram.beside
         for _ in range(REFINEMENTS if dtype is torch.bfloat16 else 2):
-            w = self.inverse @ self.weight_gram.products(self.theta).T.contiguous()
-            for block in model.blocks(dtype=dtype):
-                part = slice(block.start, block.stop)
-                V = block.weights
-                self.theta[:, part] -= (w.T.to(V.dtype) @ V.T).to(theta.dtype)
+            left = self._take_out(model, left)
+
+    def _take_out(self, model: FeatureMap, product: Tensor) -> Tensor:
+        """Take the part out of theta that Theta V (C, d) tells of; Theta V of what is left."""
+        w = product @ self.inverse
+        left = torch.zeros_like(product)
+        for block in model.blocks(dtype=self.dtype):
+            part = slice(block.start, block.stop)
+            V = block.weights
+            self.theta[:, part] -= (w.to(V.dtype) @ V.T).to(self.theta.dtype)
+            left += self.theta[:, part].to(V.dtype) @ V
+        model.sum_over_processes([left])
+        return left

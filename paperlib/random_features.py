@@ -177,13 +177,18 @@ class RandomFeatures(FeatureMap):
                 first += len(tile)
 
     def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | Int8Rows]]:
-        """The blocks of this process, cast from V in the model's dtype or drawn."""
+        """The blocks of this process, cast from V in the model's dtype or drawn.
+
+        For 8 bits, the 16 of float16 are as good and are there at once.
+        """
         kept = self._resident.get(self.dtype)
+        if kept is None and dtype == torch.int8:
+            kept = self._resident.get(torch.float16)
         for k, start in enumerate(self.starts):
             if kept is None:
                 V = self.draw(start, min(start + self.block_rows, self.p))
             else:
-                V = kept[k]
+                V = kept[k].to(self.dtype)
             V = V.to(self.device)
             yield start, Int8Rows.of(V) if dtype == torch.int8 else V.to(dtype)
 

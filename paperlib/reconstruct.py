@@ -17,7 +17,7 @@ from paperlib.progress import Progress
 from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
 
-STARTS = ("auto", "random", "messages")
+STARTS = ("auto", "random", "subspace", "messages")
 
 TOLERANCE = {torch.float32: 1e-10, torch.float64: 1e-20}
 
@@ -142,10 +142,11 @@ def second_order_options(
         restarts: most starts; the best by loss is returned. They end early when the parameters
             are explained, or when two independent starts found the same samples. If None, 20
             where all starts are made by message passing, and 5 otherwise.
-        start: "random" starts from random candidates; "messages" by message passing, which needs
-            random features and an activation with a second moment (see `message_passing.py`);
-            "auto" by message passing for p between 1 and 2.5 d n (where it applies), and in
-            every second restart above.
+        start: "random" starts from random candidates; "subspace" by searches in the few
+            directions that stand out (see `subspace_search.py`) and "messages" by message passing
+            (see `message_passing.py`), which both need random features and an activation with a
+            second moment. "auto", where they apply: by message passing for p between 1 and 2.5
+            d n; above, the first start is by searches, and every second one by message passing.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.

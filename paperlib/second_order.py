@@ -5,10 +5,12 @@
 3. signs: settled by one regression on both signs of each candidate;
 4. finish: the unlifted loss, evaluated in the model's own dtype.
 
+Where V is known, stages 1 and 2 are first made in the few directions that stand out, in turn with
+short descents of n candidates in all d (see `subspace_search.py`).
+
 Restarts repeat this from new random candidates until the loss is explained; the best by loss is
-returned. Where V is known and p is near d n, most starts from random candidates end in local
-minima; there a start is made by message passing (see `message_passing.py`) in place of stages 1 and
-2.
+returned. Where p is near d n, most starts end in local minima; there a start is made by message
+passing (see `message_passing.py`) in place of stages 1 and 2.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from paperlib.signs import settle_signs
 from paperlib.spectral_start import second_moment_coefficient
 from paperlib.sphere import random_on_sphere
 from paperlib.streams import stream
+from paperlib.subspace_search import SubspaceSearch
 
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
@@ -56,6 +59,11 @@ AGREEMENT = 0.9
 NEAR = 2.5
 LEAST_SECOND_MOMENT = 1e-2
 ITERATIONS = 600
+
+# A descent between two searches ends when a step or two no longer halve the loss. The rounds end
+# when this many have not lowered the best loss by a tenth.
+SHORT, HALVED = 2, 0.5
+PATIENCE, MOST_ROUNDS = 3, 25
 
 # Restarts by default, and where every start is made by message passing.
 RESTARTS, RESTARTS_NEAR = 5, 20
@@ -118,12 +126,13 @@ class SecondOrderSolver:
             hasattr(model, "weight_blocks")
             and abs(second_moment_coefficient(model)) > LEAST_SECOND_MOMENT
         )
-        if start == "messages" and not possible:
+        if start in ("messages", "subspace") and not possible:
             raise ValueError(
-                "start='messages' needs a model with weights V and an activation with a second "
+                f"start={start!r} needs a model with weights V and an activation with a second "
                 "moment"
             )
-        self.messages = possible and start != "random" and (self.ratio > 1 or start == "messages")
+        self.messages = possible and start in ("auto", "messages")
+        self.messages = self.messages and (self.ratio > 1 or start == "messages")
         self.always_messages = start == "messages" or (self.messages and self.ratio < NEAR)
         if restarts is None:
             restarts = RESTARTS_NEAR if self.always_messages else RESTARTS
@@ -132,6 +141,14 @@ class SecondOrderSolver:
         check_memory(model, *sizes, n=n, keep=self.keep, messages=sent)
         self.lift = self._make_lift(lift)
         self.passing: MessagePassing | None = None
+        # A linear part that is not lifted would drown the second moment.
+        liftable = self.lift is not None or abs(model.linear_coefficient) < 1e-6
+        if start == "subspace" and not liftable:
+            raise ValueError("start='subspace' needs the lift: lift=None or True, and larger p")
+        self.searches = start == "subspace" or (
+            start == "auto" and possible and liftable and self.ratio >= NEAR
+        )
+        self.always_searches = start == "subspace"
 
     def _make_lift(self, wanted: bool | None) -> Lift | None:
         model = self.model
@@ -155,7 +172,7 @@ class SecondOrderSolver:
     def solve(self) -> Attempt:
         """Run restarts until one explains the parameters; the best by loss otherwise.
 
-        The first restart and every one after a restart that gained nothing begin at random. Any
+        The first restart, and every one after a restart that gained nothing, begin anew. Any
         other begins at the best samples so far, with fresh random candidates beside them: most of
         those samples are right, and each right one leaves d unknowns fewer to search.
 
@@ -173,6 +190,9 @@ class SecondOrderSolver:
                 # Below, the best is resumed only where little is missing.
                 kept = None if best is None or best.loss > PROMISING else kept
                 attempt = self._attempt_by_messages(restart, kept)
+            elif self.searches and (restart == 0 or self.always_searches):
+                kept = None
+                attempt = self._attempt_in_subspaces(restart)
             else:
                 attempt = self._attempt(self._start(kept), restart)
             stuck = best is not None and attempt.loss > 0.5 * best.loss
@@ -203,6 +223,50 @@ class SecondOrderSolver:
         point = self._finish(X, restart, brief=bulk.loss > PROMISING)
         point = self._reseed(point, restart)
         return Attempt(point.X, point.loss, restart, elimination.losses)
+
+    def _attempt_in_subspaces(self, restart: int) -> Attempt:
+        """Rounds of a search in few directions and a short descent in all, then the finish."""
+        search = SubspaceSearch(
+            self.model,
+            self.theta if self.lift is None else self.lift.theta,
+            self.n,
+            candidates=self.candidates,
+            lift=self.lift,
+            dtype=self.bulk,
+            products=self.products,
+            forcing=self.forcing,
+            generator=self.generator,
+        )
+        best: Linearization | None = None
+        since = 0
+        for _ in range(MOST_ROUNDS):
+            begun, before = time.perf_counter(), search.passes
+            name = "search in a subspace"
+            self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
+            X = search.first() if best is None else search.next(best)
+            seconds, passes = time.perf_counter() - begun, search.passes - before
+            self._log(
+                name, self.products, "done", math.nan, self.candidates, passes, seconds, restart
+            )
+            point = self._descend(
+                "bulk",
+                X,
+                restart,
+                SETTLED[self.bulk],
+                lifted=True,
+                exact=False,
+                stall_steps=SHORT,
+                stall_ratio=HALVED,
+            )
+            since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
+            if best is None or point.loss < best.loss:
+                best = point
+            if best.loss <= SETTLED[self.bulk] or since == PATIENCE:
+                break
+        losses = eliminate(best, self.n).losses
+        point = self._finish(best.X, restart, brief=best.loss > PROMISING)
+        point = self._reseed(point, restart)
+        return Attempt(point.X, point.loss, restart, losses)
 
     def _attempt_by_messages(self, restart: int, kept: Tensor | None) -> Attempt:
         """Message passing, then signs and descent without a lift.
@@ -285,8 +349,9 @@ class SecondOrderSolver:
         lifted: bool,
         exact: bool,
         brief: bool = False,
+        **stall: float,
     ) -> Linearization:
-        """One Levenberg-Marquardt run, logged."""
+        """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up."""
         lift = self.lift if lifted else None
         theta = lift.theta if lift is not None else self.theta
         dtype = self.model.dtype if exact else self.bulk
@@ -313,6 +378,7 @@ class SecondOrderSolver:
             forcing=self.forcing,
             floor=max(self.tolerance, FLOOR[dtype]),
             on_step=lambda record, point: self.progress.step(record["loss"], point.X),
+            **stall,
         )
         run.point.forget_curvature()
         seconds = time.perf_counter() - begun

@@ -107,11 +107,15 @@ class SubspaceFeatures(FeatureMap):
             kept = self._projected.get(self.dtype)
             if kept is None:
                 B = self.scale * self.basis
-                kept = [(start, V @ B) for start, V in self.inner.weight_blocks()]
+                kept = [(start, V @ B) for start, V in self._rows()]
                 self._projected[self.dtype] = kept
             self._projected[dtype] = [(start, W.to(dtype)) for start, W in kept]
         for start, W in self._projected[dtype]:
             yield start, W.to(arithmetic(dtype))
+
+    def _rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Pairs (first row, rows of V) of the model."""
+        return self.inner.weight_blocks()
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the weights in that dtype, as `RandomFeatures.release` does."""

@@ -51,21 +51,28 @@ class WeightGram:
         gram: V^T V, (d, d) float64.
         inverse: its inverse, (d, d) float64.
         dtype: of the products with V.
+        beside: Y V, (C, d) float64, if a Y was given.
     """
 
-    def __init__(self, model: FeatureMap, *, dtype: torch.dtype):
+    def __init__(self, model: FeatureMap, *, dtype: torch.dtype, beside: Tensor | None = None):
         """Form and invert it.
 
         Args:
             model: a feature map with weights V.
             dtype: of the products with V.
+            beside: Y (C, p), whose product with V is formed in the same pass.
         """
         self.model, self.dtype = model, dtype
         total = GramSum(model.d, device=model.device)
+        outputs = 0 if beside is None else len(beside)
+        self.beside = torch.zeros(outputs, model.d, dtype=torch.float64, device=model.device)
         for block in model.blocks(dtype=dtype):
-            total.add(block.weights, block.weights)
+            V = block.weights
+            total.add(V, V)
+            if outputs:
+                self.beside += beside[:, block.start : block.stop].to(V.dtype) @ V
         gram = total.total
-        model.sum_over_processes([gram])
+        model.sum_over_processes([gram, self.beside])
         self.gram = 0.5 * (gram + gram.T)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.gram))
 

@@ -22,7 +22,14 @@ from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
 from paperlib.streams import stream
 
-METHODS = ("published", "random starts", "spectral start", "one round of messages", "default")
+METHODS = (
+    "published",
+    "random starts",
+    "spectral start",
+    "subspace search",
+    "one round of messages",
+    "default",
+)
 DATA = ("sphere", "photographs")
 
 
@@ -47,7 +54,7 @@ def run_gap_cell(
         activation: one of `activation_names()`.
         method: "published", the paper's gradient descent; "random starts" of the second-order
             solver; "spectral start", one descent from the eigenvectors of the second moment;
-            "one round of messages", message passing alone with no descent after it; "default",
+            "subspace search", one start from searches in their span and descents in turn; "one round of messages", message passing alone with no descent after it; "default",
             `reconstruct` as it comes.
         data: "sphere" or "photographs".
         seed: of data, features and starts.
@@ -67,8 +74,9 @@ def run_gap_cell(
     if method == "published":
         options: dict[str, Any] = {"solver": "published", "max_steps": published_steps}
     else:
-        start = "random" if method == "random starts" else "auto"
-        options = {"restarts": restarts, "start": start, "max_steps": max_steps}
+        start = {"random starts": "random", "subspace search": "subspace"}.get(method, "auto")
+        starts = 1 if method == "subspace search" else restarts
+        options = {"restarts": starts, "start": start, "max_steps": max_steps}
     if method == "spectral start":
         found = from_spectral_start(model, theta, n, max_steps=max_steps)
     elif method == "one round of messages":

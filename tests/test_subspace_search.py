@@ -1,0 +1,232 @@
+"""Outlying directions against a dense eigendecomposition, and searches among them."""
+
+import math
+
+import pytest
+import torch
+
+from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
+from paperlib.activations import Activation
+from paperlib.given_features import GivenFeatures
+from paperlib.lift import Lift
+from paperlib.outlying_directions import BEYOND, outlying_directions
+from paperlib.projection import Linearization
+from paperlib.sphere import random_on_sphere
+from paperlib.subspace import SubspaceFeatures
+from paperlib.subspace_search import SampledSubspace, SubspaceSearch, independent_columns
+from paperlib.weight_gram import WeightGram
+
+# Without a linear part there is nothing to lift.
+EVEN = Activation("magnitude", torch.abs, torch.sign)
+
+
+def problem(n=5, d=30, ratio=5.0, name="relu", seed=0, C=1, dtype=torch.float64, **options):
+    model = RandomFeatures(
+        d, round(ratio * d * n), name, seed=seed, dtype=dtype, block_rows=1024, **options
+    )
+    data = sphere(n, d, seed, dtype=dtype)
+    generator = torch.Generator().manual_seed(500 + seed)
+    labels = torch.randn(n, C, generator=generator, dtype=torch.float64).to(dtype)
+    return model, fit_min_norm(model, data.X, labels), data
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def search_of(model, theta, n, *, lift, **options):
+    options = {"dtype": model.dtype, "products": model.dtype, "forcing": 0.2} | options
+    return SubspaceSearch(
+        model,
+        lift.theta if lift else theta,
+        n,
+        candidates=math.ceil(1.4 * n),
+        lift=lift,
+        generator=generator(),
+        **options,
+    )
+
+
+def dense_moments(model, Y):
+    V, rest = model.V, Y - Y.mean(1, keepdim=True)
+    return torch.stack([(V.T * row) @ V for row in rest]) * model.d / model.p
+
+
+# Outlying directions
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_outlying_directions_are_the_eigenvectors_beyond_the_edge(C):
+    model, theta, _ = problem(4, 40, 12.0, C=C)
+    Y = Lift(model, theta, dtype=model.dtype).theta
+    gram = WeightGram(model, dtype=model.dtype)
+    found, passes = outlying_directions(
+        model, Y, gram, most=20, dtype=model.dtype, generator=generator()
+    )
+    M = dense_moments(model, Y)
+    values, vectors = torch.linalg.eigh(torch.einsum("cij,cjk->ik", M, M))
+    variance = float((Y - Y.mean(1, keepdim=True)).square().mean()) * model.d / model.p
+    edge = C * variance * (1 + C**-0.5) ** 2
+    assert len(found) == int((values > BEYOND**2 * edge).sum()) >= 2
+    assert passes > 0
+    torch.testing.assert_close(found @ found.T, torch.eye(len(found), dtype=found.dtype))
+    overlaps = (found @ vectors[:, -len(found) :].flip(1)).diagonal().abs()
+    assert overlaps.min() > 0.99, overlaps
+
+
+def test_noise_has_no_outlying_direction_but_one_is_given():
+    model = RandomFeatures(40, 8000, dtype=torch.float64)
+    Y = torch.randn(1, 8000, generator=generator(), dtype=torch.float64)
+    gram = WeightGram(model, dtype=model.dtype)
+    found, _ = outlying_directions(
+        model, Y, gram, most=20, dtype=model.dtype, generator=generator()
+    )
+    assert found.shape == (1, 40)
+    assert float(found.norm()) == pytest.approx(1)
+
+
+def test_more_rows_are_filtered_where_all_of_the_first_are_outlying(monkeypatch):
+    monkeypatch.setattr("paperlib.outlying_directions.LEAST_ROWS", 2)
+    monkeypatch.setattr("paperlib.outlying_directions.MOST_ROWS", 2)
+    model, theta, _ = problem(4, 40, 12.0)
+    Y = Lift(model, theta, dtype=model.dtype).theta
+    gram = WeightGram(model, dtype=model.dtype)
+    arguments = {"most": 20, "dtype": model.dtype, "generator": generator()}
+    found, _ = outlying_directions(model, Y, gram, **arguments)
+    monkeypatch.undo()
+    expected, _ = outlying_directions(model, Y, gram, **arguments)
+    assert len(found) == len(expected) > 2
+    at_most, _ = outlying_directions(model, Y, gram, **arguments | {"most": 2})
+    assert len(at_most) == 2
+
+
+# The sample of the features
+
+
+def test_sampled_features_are_the_first_of_the_subspace():
+    model, theta, data = problem(4, 20, 40.0)
+    basis = torch.randn(20, 3, generator=generator(), dtype=torch.float64)
+    whole, sample = SubspaceFeatures(model, basis), SampledSubspace(model, basis, 1500)
+    assert sample.p == sample.rows == 1500 < whole.p
+    Z = random_on_sphere(5, 3, generator=generator()).double()
+    given = GivenFeatures(torch.cat([V for _, V in whole.weight_blocks()])[:1500], "relu")
+    expected = Linearization(given, theta[:, :1500], Z)
+    assert Linearization(sample, theta, Z).loss == pytest.approx(expected.loss, rel=1e-10)
+    assert SampledSubspace(model, basis, 10**9).p == model.p
+
+
+def test_streamed_features_are_drawn_only_as_far_as_they_are_sampled(monkeypatch):
+    model = problem(4, 20, 100.0, placement="streamed")[0]
+    drawn, draw = [], RandomFeatures.draw
+
+    def watched(self, start, stop):
+        drawn.append(start)
+        return draw(self, start, stop)
+
+    monkeypatch.setattr(RandomFeatures, "draw", watched)
+    list(SampledSubspace(model, torch.eye(20).double()[:, :3], 1500).blocks())
+    assert drawn == [0, 1024]
+
+
+def test_independent_columns_span_the_rows_and_nothing_else():
+    rows = torch.randn(3, 10, generator=generator(), dtype=torch.float64)
+    rows = torch.cat([rows, 1e3 * rows[:1] + 2 * rows[1:2]])
+    basis = independent_columns(rows)
+    assert basis.shape == (10, 3)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3).double())
+    torch.testing.assert_close(rows @ basis @ basis.T, rows)
+
+
+# The search
+
+
+def test_first_candidates_lie_near_the_samples():
+    model, theta, data = problem(5, 60, 10.0)
+    X = search_of(model, theta, 5, lift=Lift(model, theta, dtype=model.dtype)).first()
+    assert X.shape == data.X.shape
+    torch.testing.assert_close(X.norm(dim=1), data.X.norm(dim=1))
+    cosines = (X @ data.X.T / 60).abs().amax(0)
+    anywhere = random_on_sphere(5, 60, generator=generator(99)).double()
+    chance = (anywhere @ data.X.T / 60).abs().amax(0)
+    assert cosines.mean() > 0.6 > chance.mean()
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_a_missing_sample_is_found_from_what_the_others_leave(lifted):
+    model, theta, data = problem(5, 40, 8.0, name="relu" if lifted else EVEN)
+    lift = Lift(model, theta, dtype=model.dtype) if lifted else None
+    X = data.X.clone()
+    X[2] = random_on_sphere(1, 40, generator=generator(3)).double()
+    point = Linearization(model, lift.theta if lift else theta, X, lift=lift, curvature=True)
+    search = search_of(model, theta, 5, lift=lift)
+    found = search.next(point)
+    missing = data.X[2]
+    before = float((X @ missing / 40).abs().max())
+    assert float((found @ missing / 40).abs().max()) > 0.9 > before
+    assert search.passes > 0
+
+
+def test_candidates_that_explain_nothing_are_no_obstacle():
+    model, theta, data = problem(3, 40, 10.0)
+    lift = Lift(model, theta, dtype=model.dtype)
+    X = random_on_sphere(3, 40, generator=generator(3)).double()
+    point = Linearization(model, lift.theta, X, lift=lift, curvature=True)
+    found = search_of(model, theta, 3, lift=lift).next(point)
+    assert (found @ data.X.T / 40).abs().amax(0).mean() > 0.6
+
+
+# As a start of the default solver
+
+
+@pytest.mark.parametrize(("n", "d", "ratio", "C"), [(1, 20, 10, 1), (6, 50, 5, 1), (6, 50, 1, 5)])
+@pytest.mark.parametrize("name", ["relu", "relu+tanh", "gelu"])
+def test_all_samples_come_back(n, d, ratio, C, name):
+    model, theta, data = problem(n, d, ratio, name, C=C, dtype=torch.float32)
+    found = reconstruct(model, theta, n, start="subspace", progress=False)
+    assert found.explained
+    assert compare(data.X, found.samples).signed.max() < 1e-3
+    stages = [stage["stage"] for stage in found.stages]
+    assert stages[:3] == ["lift", "search in a subspace", "bulk"]
+    assert found.options["start"] == "subspace"
+    assert len(found.elimination_losses) == n + 1
+
+
+def test_the_first_start_finds_what_random_starts_need_more_work_for():
+    passes = {"auto": 0, "random": 0}
+    for seed in range(4):
+        model, theta, data = problem(12, 60, 4.0, seed=seed, dtype=torch.float32)
+        for start in passes:
+            found = reconstruct(model, theta, 12, start=start, seed=seed, progress=False)
+            passes[start] += found.passes
+            if start == "auto":
+                assert found.explained and found.restart == 0
+                assert compare(data.X, found.samples).signed.max() < 1e-3
+    assert passes["auto"] < 0.7 * passes["random"], passes
+
+
+def test_block_height_and_placement_change_nothing_but_rounding():
+    model, theta, data = problem(5, 40, 6.0)
+    found = reconstruct(model, theta, 5, start="subspace", progress=False)
+    for options in ({"block_rows": 2048}, {"placement": "streamed"}):
+        options = {"block_rows": 1024} | options
+        other = RandomFeatures(40, model.p, dtype=torch.float64, **options)
+        again = reconstruct(other, theta, 5, start="subspace", progress=False)
+        assert compare(found.samples, again.samples).signed.max() < 1e-8
+
+
+def test_near_the_threshold_the_start_is_made_by_messages():
+    model, theta, _ = problem(4, 30, 2.0, dtype=torch.float32)
+    stages = [s["stage"] for s in reconstruct(model, theta, 4, progress=False).stages]
+    assert "message passing" in stages and "search in a subspace" not in stages
+
+
+def test_what_cannot_be_searched_is_refused():
+    linear = torch.nn.Sequential(torch.nn.Linear(10, 100), torch.nn.GELU())
+    module = ModuleFeatures(linear, (10,))
+    for model in (module, RandomFeatures(10, 400, "tanh")):
+        theta = torch.randn(1, model.p, generator=generator())
+        with pytest.raises(ValueError, match="start='subspace' needs a model with weights V"):
+            reconstruct(model, theta, 2, start="subspace", progress=False)
+    few = RandomFeatures(50, 80)
+    with pytest.raises(ValueError, match="start='subspace' needs the lift"):
+        reconstruct(few, torch.randn(1, 80, generator=generator()), 2, start="subspace")
