@@ -30,8 +30,9 @@ class Reconstruction:
         seconds: wall time of the whole reconstruction.
         restart: which restart the samples come from.
         options: everything needed to run it again, the model included.
-        elimination_losses: loss against the number of candidates kept, index 0 .. n^, at the
-            moment of elimination (empty where nothing was eliminated).
+        elimination_losses: loss against the number of candidates kept, index 0 .. n^ at the
+            moment of elimination; 0 .. n after searches in a subspace, which end with n; empty
+            where nothing was eliminated.
     """
 
     samples: Tensor

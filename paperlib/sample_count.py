@@ -27,8 +27,9 @@ from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.reseed import reseed_least_useful
-from paperlib.second_order import LIFT_SHARE, PROMISING, RESEED_GAIN
+from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
+from paperlib.stages import PROMISING, RESEED_GAIN
 from paperlib.streams import stream
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,28 +25,20 @@ from torch import Tensor
 from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.identifiability import numbers_per_unknown
-from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
 from paperlib.message_passing import MessagePassing
-from paperlib.precision import FLOOR, SETTLED, bulk_formats
+from paperlib.precision import SETTLED, bulk_formats
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
-from paperlib.reseed import reseed_least_useful
-from paperlib.signs import settle_signs
 from paperlib.spectral_start import second_moment_coefficient
 from paperlib.sphere import random_on_sphere
+from paperlib.stages import PROMISING, Stages
 from paperlib.streams import stream
 from paperlib.subspace_search import SubspaceSearch
 
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
-
-# A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
-PROMISING = 1e-3
-
-# The least useful candidate is moved again and again while each move gains at least this factor.
-RESEED_GAIN = 0.8
 
 # Two candidates are the same sample above this |cosine|, and two restarts agree when this share of
 # their candidates is the same.
@@ -86,8 +77,8 @@ def same_samples(A: Tensor, B: Tensor, *, share: float = AGREEMENT) -> bool:
     return float((cosines.amax(1) > SAME).double().mean()) >= share
 
 
-class SecondOrderSolver:
-    """The stages above on one problem, with their log."""
+class SecondOrderSolver(Stages):
+    """Starts of three kinds on one problem, each followed by the stages above."""
 
     def __init__(
         self,
@@ -108,19 +99,22 @@ class SecondOrderSolver:
         progress: Progress,
     ):
         """See `reconstruct` for the options."""
-        self.model, self.theta, self.n = model, theta, n
-        self.max_steps, self.tolerance = max_steps, tolerance
-        self.forcing, self.progress = forcing, progress
         self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
         formats = bulk_formats(model, self.candidates, bulk)
-        self.bulk, self.products = formats
         make_room(model, formats)
         sizes = (self.candidates, len(theta), formats)
-        self.keep = choose_kept(model, *sizes, n=n) if keep == "auto" else keep
-        self.generator = stream("candidates", seed)
-        self.history: list[dict[str, Any]] = []
-        self.stages: list[dict[str, Any]] = []
-        self.passes = 0
+        super().__init__(
+            model,
+            theta,
+            n,
+            formats=formats,
+            keep=choose_kept(model, *sizes, n=n) if keep == "auto" else keep,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            forcing=forcing,
+            generator=stream("candidates", seed),
+            progress=progress,
+        )
         self.ratio = numbers_per_unknown(model, theta, n)
         possible = (
             hasattr(model, "weight_blocks")
@@ -240,9 +234,8 @@ class SecondOrderSolver:
         best: Linearization | None = None
         since = 0
         for _ in range(MOST_ROUNDS):
-            begun, before = time.perf_counter(), search.passes
-            name = "search in a subspace"
-            self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
+            name, before = "search in a subspace", search.passes
+            begun = self._announce(name, restart)
             X = search.first() if best is None else search.next(best)
             seconds, passes = time.perf_counter() - begun, search.passes - before
             self._log(
@@ -277,8 +270,7 @@ class SecondOrderSolver:
         Its means know their signs, and p near d n has no d equations to spare for a lift.
         """
         name = "message passing"
-        self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
-        begun = time.perf_counter()
+        begun = self._announce(name, restart)
         if self.passing is None:
             shared = self.lift is not None and self.lift.dtype == self.bulk
             self.passing = MessagePassing(
@@ -305,123 +297,3 @@ class SecondOrderSolver:
         point = self._settle(beliefs.X.to(self.theta), restart)
         point = self._reseed(point, restart)
         return Attempt(point.X, point.loss, restart)
-
-    def _reseed(self, point: Linearization, restart: int) -> Linearization:
-        """Move the least useful candidate again and again, while that gains."""
-        previous = math.inf
-        while self.tolerance < point.loss <= min(PROMISING, RESEED_GAIN * previous):
-            previous = point.loss
-            self.passes += 2
-            X = reseed_least_useful(point, generator=self.generator)
-            trial = self._finish(X, restart)
-            if trial.loss < point.loss:
-                point = trial
-        return point
-
-    def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
-        """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
-        if self.lift is None:
-            return self._descend_unlifted(X, restart, brief=brief)
-        # Signs of samples with a small |alpha| need directions that are exact; a lift in
-        # bfloat16 cannot give them, and the reseeding below has to find such samples.
-        if not brief and self.lift.dtype != torch.bfloat16:
-            floor = FLOOR[self.model.dtype]
-            X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
-        return self._settle(X, restart, brief=brief)
-
-    def _settle(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
-        """Settle the signs of the candidates and minimise the unlifted loss."""
-        X = settle_signs(self.model, self.theta, X)
-        self.passes += 2
-        return self._descend_unlifted(X, restart, brief=brief)
-
-    def _descend_unlifted(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
-        target = min(FLOOR[self.model.dtype], self.tolerance)
-        return self._descend("finish", X, restart, target, lifted=False, exact=True, brief=brief)
-
-    def _descend(
-        self,
-        name: str,
-        X: Tensor,
-        restart: int,
-        target: float,
-        *,
-        lifted: bool,
-        exact: bool,
-        brief: bool = False,
-        **stall: float,
-    ) -> Linearization:
-        """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up."""
-        lift = self.lift if lifted else None
-        theta = lift.theta if lift is not None else self.theta
-        dtype = self.model.dtype if exact else self.bulk
-
-        def evaluate(candidates: Tensor) -> Linearization:
-            return Linearization(
-                self.model,
-                theta,
-                candidates,
-                lift=lift,
-                dtype=dtype,
-                curvature_dtype=self.products,
-                curvature=True,
-                keep=self.keep,
-            )
-
-        self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
-        begun = time.perf_counter()
-        run: Descent = levenberg_marquardt(
-            evaluate,
-            X,
-            target=target,
-            max_steps=min(self.max_steps, 10) if brief else self.max_steps,
-            forcing=self.forcing,
-            floor=max(self.tolerance, FLOOR[dtype]),
-            on_step=lambda record, point: self.progress.step(record["loss"], point.X),
-            **stall,
-        )
-        run.point.forget_curvature()
-        seconds = time.perf_counter() - begun
-        for record in run.history:
-            self.history.append({"restart": restart, "stage": name, **record})
-        self._log(
-            name,
-            dtype,
-            run.status,
-            run.point.loss,
-            len(X),
-            run.passes,
-            seconds,
-            restart,
-            products=self.products,
-        )
-        return run.point
-
-    def _log(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        status: str,
-        loss: float,
-        candidates: int,
-        passes: int,
-        seconds: float,
-        restart: int,
-        *,
-        products: torch.dtype | None = None,
-    ) -> None:
-        """Log a stage; `products` is the format of its Gauss-Newton products, if it has any."""
-        self.passes += passes
-        self.stages.append(
-            {
-                "restart": restart,
-                "stage": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "products": str(products or dtype).removeprefix("torch."),
-                "ended": status,
-                "loss": loss,
-                "candidates": candidates,
-                "passes": passes,
-                "seconds": seconds,
-            }
-        )

@@ -152,7 +152,8 @@ def test_one_output_may_be_a_vector():
 def test_the_record_tells_what_was_done():
     model, theta, _ = problem(4, 20, 400)
     seen = []
-    found = reconstruct(model, theta, 4, progress=False, callback=lambda *about: seen.append(about))
+    callback = lambda *about: seen.append(about)  # noqa: E731
+    found = reconstruct(model, theta, 4, start="random", progress=False, callback=callback)
     frame = found.history_frame()
     assert {"step", "loss", "damping", "inner", "seconds", "stage", "restart"} <= set(frame)
     assert len(seen) == len(frame)
@@ -170,7 +171,7 @@ def test_the_record_tells_what_was_done():
 def test_elimination_shows_the_number_of_samples():
     """With all candidates kept the loss is small; with one fewer than n samples it jumps."""
     model, theta, _ = problem(4, 20, 1600)
-    losses = reconstruct(model, theta, 4, progress=False).elimination_losses
+    losses = reconstruct(model, theta, 4, start="random", progress=False).elimination_losses
     assert len(losses) == 1 + math.ceil(1.4 * 4)
     assert losses[4] < 1e-3 * losses[3]
 

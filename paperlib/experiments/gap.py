@@ -54,7 +54,8 @@ def run_gap_cell(
         activation: one of `activation_names()`.
         method: "published", the paper's gradient descent; "random starts" of the second-order
             solver; "spectral start", one descent from the eigenvectors of the second moment;
-            "subspace search", one start from searches in their span and descents in turn; "one round of messages", message passing alone with no descent after it; "default",
+            "subspace search", one start from searches in their span and descents, in turn; "one
+            round of messages", message passing alone with no descent after it; "default",
             `reconstruct` as it comes.
         data: "sphere" or "photographs".
         seed: of data, features and starts.

@@ -1,0 +1,189 @@
+"""The stages that follow a start, whatever made it, and the log of all that ran.
+
+Descents by Levenberg-Marquardt in the bulk formats or exact, lifted or not; the finish, which
+refines n candidates, settles their signs and minimises the unlifted loss; and second chances for a
+sample that was missed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.feature_map import FeatureMap
+from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
+from paperlib.lift import Lift
+from paperlib.precision import FLOOR, Formats
+from paperlib.progress import Progress
+from paperlib.projection import Linearization
+from paperlib.reseed import reseed_least_useful
+from paperlib.signs import settle_signs
+
+# A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
+PROMISING = 1e-3
+
+# The least useful candidate is moved again and again while each move gains at least this factor.
+RESEED_GAIN = 0.8
+
+
+class Stages:
+    """What is common to all attempts on one problem.
+
+    Attributes:
+        history: one record a step, with its restart and stage.
+        stages: one record a stage: what ran, in which format, why it ended, passes, seconds.
+        passes: readings of all features so far.
+        lift: the projection off the columns of V, once there is one.
+    """
+
+    def __init__(
+        self,
+        model: FeatureMap,
+        theta: Tensor,
+        n: int,
+        *,
+        formats: Formats,
+        keep: str,
+        max_steps: int,
+        tolerance: float,
+        forcing: float,
+        generator: torch.Generator,
+        progress: Progress,
+    ):
+        """See `reconstruct` for the options."""
+        self.model, self.theta, self.n = model, theta, n
+        self.bulk, self.products = formats
+        self.keep, self.max_steps, self.tolerance = keep, max_steps, tolerance
+        self.forcing, self.generator, self.progress = forcing, generator, progress
+        self.lift: Lift | None = None
+        self.history: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.passes = 0
+
+    def _announce(self, name: str, restart: int) -> float:
+        """Show a stage in the progress bar; the time it begins at."""
+        self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
+        return time.perf_counter()
+
+    def _reseed(self, point: Linearization, restart: int) -> Linearization:
+        """Move the least useful candidate again and again, while that gains."""
+        previous = math.inf
+        while self.tolerance < point.loss <= min(PROMISING, RESEED_GAIN * previous):
+            previous = point.loss
+            self.passes += 2
+            X = reseed_least_useful(point, generator=self.generator)
+            trial = self._finish(X, restart)
+            if trial.loss < point.loss:
+                point = trial
+        return point
+
+    def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
+        if self.lift is None:
+            return self._descend_unlifted(X, restart, brief=brief)
+        # Signs of samples with a small |alpha| need directions that are exact; a lift in
+        # bfloat16 cannot give them, and the reseeding below has to find such samples.
+        if not brief and self.lift.dtype != torch.bfloat16:
+            floor = FLOOR[self.model.dtype]
+            X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
+        return self._settle(X, restart, brief=brief)
+
+    def _settle(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        """Settle the signs of the candidates and minimise the unlifted loss."""
+        X = settle_signs(self.model, self.theta, X)
+        self.passes += 2
+        return self._descend_unlifted(X, restart, brief=brief)
+
+    def _descend_unlifted(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+        target = min(FLOOR[self.model.dtype], self.tolerance)
+        return self._descend("finish", X, restart, target, lifted=False, exact=True, brief=brief)
+
+    def _descend(
+        self,
+        name: str,
+        X: Tensor,
+        restart: int,
+        target: float,
+        *,
+        lifted: bool,
+        exact: bool,
+        brief: bool = False,
+        **stall: float,
+    ) -> Linearization:
+        """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up."""
+        lift = self.lift if lifted else None
+        theta = lift.theta if lift is not None else self.theta
+        dtype = self.model.dtype if exact else self.bulk
+
+        def evaluate(candidates: Tensor) -> Linearization:
+            return Linearization(
+                self.model,
+                theta,
+                candidates,
+                lift=lift,
+                dtype=dtype,
+                curvature_dtype=self.products,
+                curvature=True,
+                keep=self.keep,
+            )
+
+        begun = self._announce(name, restart)
+        run: Descent = levenberg_marquardt(
+            evaluate,
+            X,
+            target=target,
+            max_steps=min(self.max_steps, 10) if brief else self.max_steps,
+            forcing=self.forcing,
+            floor=max(self.tolerance, FLOOR[dtype]),
+            on_step=lambda record, point: self.progress.step(record["loss"], point.X),
+            **stall,
+        )
+        run.point.forget_curvature()
+        seconds = time.perf_counter() - begun
+        for record in run.history:
+            self.history.append({"restart": restart, "stage": name, **record})
+        self._log(
+            name,
+            dtype,
+            run.status,
+            run.point.loss,
+            len(X),
+            run.passes,
+            seconds,
+            restart,
+            products=self.products,
+        )
+        return run.point
+
+    def _log(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        status: str,
+        loss: float,
+        candidates: int,
+        passes: int,
+        seconds: float,
+        restart: int,
+        *,
+        products: torch.dtype | None = None,
+    ) -> None:
+        """Log a stage; `products` is the format of its Gauss-Newton products, if it has any."""
+        self.passes += passes
+        self.stages.append(
+            {
+                "restart": restart,
+                "stage": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "products": str(products or dtype).removeprefix("torch."),
+                "ended": status,
+                "loss": loss,
+                "candidates": candidates,
+                "passes": passes,
+                "seconds": seconds,
+            }
+        )
