@@ -1,4 +1,4 @@
-"""Pictures that emerge in the course of an attack: rows of small pictures as one bitmap, and as a GIF."""
+"""Pictures that emerge during an attack: rows of small pictures as one bitmap, and as a GIF."""
 
 from __future__ import annotations
 
