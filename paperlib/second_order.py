@@ -227,7 +227,6 @@ class SecondOrderSolver(Stages):
             candidates=self.candidates,
             lift=self.lift,
             dtype=self.bulk,
-            products=self.products,
             forcing=self.forcing,
             generator=self.generator,
         )
@@ -238,9 +237,7 @@ class SecondOrderSolver(Stages):
             begun = self._announce(name, restart)
             X = search.first() if best is None else search.next(best)
             seconds, passes = time.perf_counter() - begun, search.passes - before
-            self._log(
-                name, self.products, "done", math.nan, self.candidates, passes, seconds, restart
-            )
+            self._log(name, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart)
             point = self._descend(
                 "bulk",
                 X,
@@ -254,7 +251,8 @@ class SecondOrderSolver(Stages):
             since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
             if best is None or point.loss < best.loss:
                 best = point
-            if best.loss <= SETTLED[self.bulk] or since == PATIENCE:
+            settled = best.loss <= SETTLED[self.bulk] or self._at_floor()
+            if settled or since == PATIENCE:
                 break
         losses = eliminate(best, self.n).losses
         point = self._finish(best.X, restart, brief=best.loss > PROMISING)

@@ -69,6 +69,10 @@ class Stages:
         self.progress.stage(f"restart {restart + 1}, {name}" if restart else name)
         return time.perf_counter()
 
+    def _at_floor(self) -> bool:
+        """Whether rounding ended the last stage."""
+        return self.stages[-1]["ended"] == "precision floor"
+
     def _reseed(self, point: Linearization, restart: int) -> Linearization:
         """Move the least useful candidate again and again, while that gains."""
         previous = math.inf

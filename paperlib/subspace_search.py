@@ -88,7 +88,6 @@ class SubspaceSearch:
         candidates: int,
         lift: Lift | None,
         dtype: torch.dtype,
-        products: torch.dtype,
         forcing: float,
         generator: torch.Generator,
     ):
@@ -100,13 +99,13 @@ class SubspaceSearch:
             n: how many samples.
             candidates: n^ >= n, in a search.
             lift: the projection off the columns of V.
-            dtype: of the features, where all of V is read.
-            products: of the products with V that find directions.
+            dtype: of products with all of V. In 8 bits the directions would be too blurred: the
+                rows that go through V here are products with theta, whose entries differ much.
             forcing: relative residual of the linear solves.
             generator: source of the candidates.
         """
         self.model, self.theta, self.n, self.lift = model, theta, n, lift
-        self.candidates, self.dtype, self.products = candidates, dtype, products
+        self.candidates, self.dtype = candidates, dtype
         self.forcing, self.generator = forcing, generator
         self.gram = lift.weight_gram if lift else WeightGram(model, dtype=dtype)
         self.passes = 0
@@ -142,7 +141,7 @@ class SubspaceSearch:
             Y,
             self.gram,
             most=2 * self.n,
-            dtype=self.products,
+            dtype=self.dtype,
             generator=self.generator,
         )
         self.passes += passes

@@ -35,7 +35,7 @@ def generator(seed=0):
 
 
 def search_of(model, theta, n, *, lift, **options):
-    options = {"dtype": model.dtype, "products": model.dtype, "forcing": 0.2} | options
+    options = {"dtype": model.dtype, "forcing": 0.2} | options
     return SubspaceSearch(
         model,
         lift.theta if lift else theta,
@@ -212,6 +212,16 @@ def test_block_height_and_placement_change_nothing_but_rounding():
         other = RandomFeatures(40, model.p, dtype=torch.float64, **options)
         again = reconstruct(other, theta, 5, start="subspace", progress=False)
         assert compare(found.samples, again.samples).signed.max() < 1e-8
+
+
+def test_rounding_ends_the_rounds():
+    """In bfloat16 the loss cannot fall to the level that ends them, and more would be in vain."""
+    model, theta, data = problem(6, 50, 6.0, dtype=torch.float32)
+    found = reconstruct(model, theta, 6, start="subspace", bulk="bfloat16", progress=False)
+    assert compare(data.X, found.samples).signed.max() < 1e-3
+    ended = [stage["ended"] for stage in found.stages if stage["stage"] == "bulk"]
+    assert ended[-1] == "precision floor"
+    assert ended.count("precision floor") == 1
 
 
 def test_near_the_threshold_the_start_is_made_by_messages():
