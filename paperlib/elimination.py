@@ -17,6 +17,9 @@ from torch import Tensor
 
 from paperlib.projection import Linearization
 
+# Candidates that matter no more than this many times the residual are doubted.
+DOUBT = 4.0
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -39,6 +42,17 @@ def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
         alpha: (n, C) coefficients.
     """
     return alpha.square().sum(1) / inverse.diagonal()
+
+
+def doubtful_candidates(point: Linearization) -> Tensor:
+    """Which candidates matter little more than what is left unexplained, (n,); at least one does.
+
+    Removing one of them costs at most `DOUBT` times the residual's square.
+    """
+    costs = removal_costs(point.gram_inverse, point.alpha)
+    doubtful = costs <= DOUBT * point.residual_square
+    doubtful[costs.argmin()] = True
+    return doubtful
 
 
 def least_useful(gram: Tensor, inverse: Tensor, alpha: Tensor) -> tuple[int, float, int]:

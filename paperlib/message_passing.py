@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.elimination import removal_costs
+from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
 from paperlib.projection import Linearization
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
@@ -65,9 +65,6 @@ REVIVE, DEAD, SAME = 30, 0.9, 0.9
 # Iterations end when the beliefs are this narrow, or when the residual stops falling.
 NARROW = 2e-3
 PATIENCE, GAIN = 100, 0.9
-
-# Candidates that matter no more than this many times the residual are doubted by `resume`.
-DOUBT = 4.0
 
 # Entries of the grid that are held at a time.
 CHUNK = 1 << 21
@@ -306,9 +303,7 @@ class MessagePassing:
             X: (n, d) candidates.
         """
         point = Linearization(self.model, self.y.to(self.model.dtype), X)
-        costs = removal_costs(point.gram_inverse, point.alpha)
-        doubtful = costs <= DOUBT * point.residual_square
-        doubtful[costs.argmin()] = True
+        doubtful = doubtful_candidates(point)
         self.alpha = point.alpha.float()
         share = self.C * point.loss / self.alpha.square().sum(1).clamp(min=1e-12)
         self.tau = (DOUBT * share).clamp(1e-4, 0.5)

@@ -25,7 +25,7 @@ DEGREE = 4
 BEYOND = 1.025
 
 # Rows that are filtered at once, at first; doubled while all of them turn out to be outlying.
-LEAST_ROWS, MOST_ROWS = 16, 48
+ROWS = 48
 
 
 class SecondMoment:
@@ -111,7 +111,7 @@ def outlying_directions(
     """
     moment = SecondMoment(model, Y, gram, dtype=dtype)
     most = min(most, model.d)
-    rows = min(most, max(LEAST_ROWS, min(MOST_ROWS, most)))
+    rows = min(ROWS, most)
     while True:
         Q = torch.randn(rows, model.d, generator=generator).to(Y)
         Q = torch.linalg.qr(Q.T)[0].T

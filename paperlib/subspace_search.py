@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from paperlib.elimination import eliminate, removal_costs
+from paperlib.elimination import doubtful_candidates, eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
@@ -35,9 +35,6 @@ LEAST_FEATURES = 1024
 
 # How often the first search starts at random.
 STARTS = 2
-
-# Candidates that matter no more than this many times the residual are doubted.
-DOUBT = 4.0
 
 # A search ends when its loss has fallen by less than a tenth in so many steps.
 STALL_STEPS, STALL_RATIO = 3, 0.9
@@ -121,9 +118,7 @@ class SubspaceSearch:
         are taken from what the others leave, and one start is made without them.
         """
         X = point.X.to(self.theta)
-        costs = removal_costs(point.gram_inverse, point.alpha)
-        sure = costs > DOUBT * point.residual_square
-        sure[costs.argmin()] = False
+        sure = ~doubtful_candidates(point)
         if not sure.any():
             directions = self._outlying(self.theta)
             return self._search(torch.cat([X, directions]), [X, directions])

@@ -86,8 +86,7 @@ def test_noise_has_no_outlying_direction_but_one_is_given():
 
 
 def test_more_rows_are_filtered_where_all_of_the_first_are_outlying(monkeypatch):
-    monkeypatch.setattr("paperlib.outlying_directions.LEAST_ROWS", 2)
-    monkeypatch.setattr("paperlib.outlying_directions.MOST_ROWS", 2)
+    monkeypatch.setattr("paperlib.outlying_directions.ROWS", 2)
     model, theta, _ = problem(4, 40, 12.0)
     Y = Lift(model, theta, dtype=model.dtype).theta
     gram = WeightGram(model, dtype=model.dtype)
