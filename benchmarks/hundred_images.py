@@ -1,17 +1,15 @@
 """The paper's headline figure: n = 100 pictures of CIFAR-10 read back at once.
 
-    PAPERLIB_CIFAR10=FOLDER python benchmarks/hundred_images.py [--n 100] [--p-over-dn 3]
+    PAPERLIB_CIFAR10=FOLDER python benchmarks/hundred_images.py [--p-over-dn 3] --resume FOLDER
 
 Draws the strip of originals and reconstructions and saves it with its data (`save_figure`), and
 beside it a log: every step (`NAME_steps.csv`) and every stage (`NAME_stages.csv`) of the solver.
-The candidates are saved after each step too (`--checkpoint`), so that a run that is killed has not
-been for nothing.
+With `--resume`, a run that was killed goes on where it was when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import time
 from pathlib import Path
@@ -21,13 +19,6 @@ import torch
 from torch import Tensor
 
 import paperlib
-
-
-def keep(path: Path, stage: str, loss: float, X: Tensor) -> None:
-    """Write the candidates so that a file is always whole."""
-    partial = path.with_suffix(".partial")
-    torch.save({"stage": stage, "loss": loss, "samples": X}, partial)
-    os.replace(partial, path)
 
 
 def main() -> None:
@@ -40,7 +31,7 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("figures"))
-    parser.add_argument("--checkpoint", type=Path, help="default: none is written")
+    parser.add_argument("--resume", type=Path, help="folder that keeps the attack; default: none")
     options = parser.parse_args()
 
     paperlib.use_style()
@@ -55,8 +46,6 @@ def main() -> None:
 
     def watch(stage: str, loss: float, candidates: Tensor) -> None:
         print(f"{time.perf_counter() - begun:7.0f} s  {stage:20s}  loss {loss:.2e}", flush=True)
-        if options.checkpoint:
-            keep(options.checkpoint, stage, loss, candidates)
 
     record = paperlib.reconstruct(
         model,
@@ -66,6 +55,7 @@ def main() -> None:
         restarts=options.restarts,
         progress=False,
         callback=watch,
+        resume=options.resume,
     )
     errors = paperlib.compare(data.X, record.samples)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -38,6 +38,10 @@ class Damping:
     least: float = 1e-9
     most: float = 1e3
 
+    def after(self, mu: float, *, accepted: bool) -> float:
+        """The damping of the next step."""
+        return max(mu * self.shrink, self.least) if accepted else mu * self.grow
+
 
 @dataclass
 class Descent:
@@ -46,7 +50,8 @@ class Descent:
     Attributes:
         point: the last accepted Gauss-Newton model, with its candidates `point.X`.
         status: why it stopped: "converged", "stalled", "precision floor" or "step limit".
-        history: one record a step: loss, damping, inner iterations, accepted, seconds.
+        history: one record a step: loss, damping, inner iterations, accepted, and the passes and
+            seconds up to there.
         passes: products of V (or the module's Jacobian) with n vectors.
     """
 
@@ -105,15 +110,14 @@ def levenberg_marquardt(
             "damping": mu,
             "inner": solution.iterations,
             "accepted": accepted,
+            "passes": out.passes,
             "seconds": time.perf_counter() - begun,
         }
         out.history.append(record)
         at_floor = point.loss <= floor and trial.loss > 0.5 * point.loss
+        mu = damping.after(mu, accepted=accepted)
         if accepted:
             point = trial
-            mu = max(mu * damping.shrink, damping.least)
-        else:
-            mu *= damping.grow
         del trial  # a rejected one is not to wait beside the next
         losses.append(point.loss)
         if on_step is not None:

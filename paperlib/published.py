@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.progress import Progress
 from paperlib.projection import projection_loss
 from paperlib.random_features import RandomFeatureBlock
+from paperlib.saved_attack import SavedAttack
 from paperlib.sphere import to_sphere
 from paperlib.streams import stream
 
@@ -70,6 +71,7 @@ def published_options(
     seed: int,
     tolerance: float,
     watch: Progress,
+    saved: SavedAttack | None = None,
     learning_rate: float = 20.0,
     momentum: float = 0.9,
     max_steps: int = 1_000_000,
@@ -85,6 +87,7 @@ def published_options(
         seed: seed of the candidates.
         tolerance: loss at which the descent ends, 1e-7 in the paper.
         watch: progress.
+        saved: the file that the attack is kept in, and goes on from.
         learning_rate: step size; the paper takes 20 on synthetic data with d = 100 and 2000 on
             CIFAR-10 (see `PRESETS`).
         momentum: factor of the previous step, 0.9 in the paper.
@@ -106,11 +109,38 @@ def published_options(
     check_count("restarts", restarts)
     generator = stream("published candidates", seed)
     best: dict[str, Any] | None = None
-    history, stages, passes = [], [], 0
-    for restart in range(restarts):
+    history, stages, passes, first, begin = [], [], 0, 0, None
+    if saved is not None and saved.state is not None:
+        state = saved.state
+        best, history, stages, passes = (state[k] for k in ("best", "history", "stages", "passes"))
+        first, begin = state["restart"], state["descent"]
+        if best is not None:
+            best["samples"] = best["samples"].to(theta)
+        for _ in range(first):  # the candidates of the restarts that are done
+            torch.randn(n, model.d, generator=generator, dtype=torch.float64)
+
+    def state_of(restart: int, descent: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "restart": restart,
+            "descent": descent,
+            "best": best,
+            "history": history,
+            "stages": stages,
+            "passes": passes,
+        }
+
+    if saved is not None and saved.state is None:
+        saved.begin(state_of(0, None))
+    for restart in range(first, restarts):
         X = torch.randn(n, model.d, generator=generator, dtype=torch.float64)
+        keep = None
+        if saved is not None:
+
+            def keep(descent: Callable[[], dict[str, Any]], restart: int = restart) -> None:
+                saved.offer(lambda: state_of(restart, descent()))
+
         watch.stage(f"restart {restart + 1}, descent" if restart else "descent")
-        begun = time.perf_counter()
+        begun = time.perf_counter() - (0.0 if begin is None else begin["seconds"])
         X, steps, ended, records = momentum_descent(
             model,
             theta,
@@ -121,7 +151,10 @@ def published_options(
             max_steps=max_steps,
             relu_slope=relu_slope,
             watch=watch,
+            begin=begin,
+            keep=keep,
         )
+        begin = None
         loss = float(projection_loss(model, theta, X))
         spent = 2 * (steps + 1) + 2
         passes += spent
@@ -142,6 +175,8 @@ def published_options(
             best = {"samples": X, "loss": loss, "restart": restart}
         if loss <= tolerance:
             break
+        if saved is not None:
+            saved.offer(lambda restart=restart: state_of(restart + 1, None), now=True)
     return {
         **best,
         "history": history,
@@ -162,6 +197,8 @@ def momentum_descent(
     max_steps: int,
     relu_slope: float,
     watch: Progress,
+    begin: dict[str, Any] | None = None,
+    keep: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
 ) -> tuple[Tensor, int, str, list[dict[str, Any]]]:
     """One descent: velocity <- momentum velocity + dL/dX, X <- sphere(X - rate velocity).
 
@@ -175,6 +212,8 @@ def momentum_descent(
         max_steps: stop after this many steps.
         relu_slope: see `published_options`.
         watch: progress.
+        begin: the state of a descent that was stopped, to go on from in place of X.
+        keep: called after every step with a function that makes that state.
 
     Returns:
         The candidates (n, d), on the sphere; the number of steps; why it ended, "converged",
@@ -183,11 +222,27 @@ def momentum_descent(
     """
     records, stride, ended, step = [], 1, "step limit", 0
     begun = time.perf_counter()
-    total = float(_sum(model, theta.double().square().sum()))
     velocity = torch.zeros_like(X)
+    if begin is not None:
+        X, velocity = begin["X"].to(X), begin["velocity"].to(X)
+        records, stride, step = begin["records"], begin["stride"], begin["step"]
+        begun -= begin["seconds"]
+    total = float(_sum(model, theta.double().square().sum()))
     loss, gradient = loss_and_gradient(model, theta, X, total=total, relu_slope=relu_slope)
     # A start within the tolerance is put on the sphere and left there.
     last_finite = to_sphere(X)
+    here = step
+
+    def state() -> dict[str, Any]:
+        return {
+            "X": X,
+            "velocity": velocity,
+            "step": step,
+            "stride": stride,
+            "records": records,
+            "seconds": time.perf_counter() - begun,
+        }
+
     while loss > tolerance and step < max_steps:
         velocity = momentum * velocity + gradient
         X = to_sphere(X - learning_rate * velocity)
@@ -211,9 +266,11 @@ def momentum_descent(
             stride *= 2
             records = [kept for kept in records if kept["step"] % stride == 0]
         watch.step(loss, X)
+        if keep is not None:
+            keep(state)
     if loss <= tolerance:
         ended = "converged"
-    if step and last_finite is X and (not records or records[-1] is not record):
+    if step > here and last_finite is X and (not records or records[-1] is not record):
         records.append(record)
     return last_finite, step, ended, records
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from typing import Any
 
@@ -16,6 +17,8 @@ from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
+from paperlib.results import machine
+from paperlib.saved_attack import SavedAttack, fingerprint
 
 STARTS = ("auto", "random", "subspace", "messages")
 
@@ -32,6 +35,7 @@ def reconstruct(
     tolerance: float | None = None,
     progress: bool | None = None,
     callback: Any = None,
+    resume: str | os.PathLike | None = None,
     **options: Any,
 ) -> Reconstruction:
     """Find n inputs whose features span the parameters: minimise the projection loss.
@@ -48,8 +52,12 @@ def reconstruct(
         progress: draw a progress bar on work longer than two seconds; if None, unless
             PAPERLIB_PROGRESS=0 is set.
         callback: called after every step with (stage, loss, candidates).
-        **options: for "levenberg-marquardt": `restarts`, `max_steps`, `oversampling`, `lift`,
-            `bulk`, `keep`, `forcing` (see `second_order_options`); for "published":
+        resume: a folder in which the attack is kept while it runs, at most every half minute. An
+            attack that was stopped, whatever stopped it, goes on from there when it is called
+            again with the same arguments; one that has ended returns its result at once. Only
+            message passing, of the stages, begins anew.
+        **options: for "levenberg-marquardt": `restarts`, `start`, `max_steps`, `oversampling`,
+            `lift`, `bulk`, `keep`, `forcing` (see `second_order_options`); for "published":
             `learning_rate`, `momentum`, `max_steps`, `relu_slope`, `restarts` (see
             `published_options`).
 
@@ -60,6 +68,7 @@ def reconstruct(
         ValueError: for an unknown solver, n < 1, p < n, theta of the wrong shape, with values
             that are not finite, or zero.
         TypeError: for an option that the solver does not know.
+        OSError: if the folder of `resume` cannot be written.
     """
     theta = check_theta(theta, model)
     n = check_count("n", n)
@@ -70,7 +79,7 @@ def reconstruct(
         raise ValueError(f"unknown solver {solver!r}: expected one of {sorted(SOLVERS)}")
     known = inspect.signature(SOLVERS[solver]).parameters
     allowed = sorted(name for name in known if known[name].kind is inspect.Parameter.KEYWORD_ONLY)
-    internal = {"seed", "tolerance", "watch"}
+    internal = {"seed", "tolerance", "watch", "saved"}
     for name in options:
         if name not in allowed or name in internal:
             expected = ", ".join(a for a in allowed if a not in internal)
@@ -78,14 +87,33 @@ def reconstruct(
     if tolerance is None:
         tolerance = 1e-7 if solver == "published" else TOLERANCE[model.dtype]
     check_positive("tolerance", tolerance, below=1.0)
+    chosen = {
+        "solver": solver,
+        "n": n,
+        "seed": seed,
+        "tolerance": tolerance,
+        **{k: v.default for k, v in known.items() if k in allowed and k not in internal},
+        **options,
+        "model": model.describe(),
+    }
+    saved = None
+    if resume is not None:
+        version = machine()["libraries"].get("paperlib")
+        name = fingerprint(theta, **chosen, version=version)
+        saved = SavedAttack(resume, name, group=getattr(model, "group", None))
     begun = time.perf_counter()
-    with Progress(progress, callback) as watch:
-        found = SOLVERS[solver](
-            model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **options
-        )
+    found = saved.result if saved is not None else None
+    if found is None:
+        with Progress(progress, callback) as watch:
+            found = SOLVERS[solver](
+                model, theta, n, seed=seed, tolerance=tolerance, watch=watch, saved=saved, **options
+            )
+        found["seconds"] = time.perf_counter() - begun if saved is None else saved.seconds
+        if saved is not None:
+            saved.finish(found)
     identifiable = numbers_per_unknown(model, theta, n) > 1
     return Reconstruction(
-        samples=found["samples"],
+        samples=found["samples"].to(theta),
         loss=found["loss"],
         status=conclude(
             found["loss"],
@@ -98,17 +126,9 @@ def reconstruct(
         history=found["history"],
         stages=found["stages"],
         passes=found["passes"],
-        seconds=time.perf_counter() - begun,
+        seconds=found["seconds"],
         restart=found["restart"],
-        options={
-            "solver": solver,
-            "n": n,
-            "seed": seed,
-            "tolerance": tolerance,
-            **{k: v.default for k, v in known.items() if k in allowed and k not in internal},
-            **options,
-            "model": model.describe(),
-        },
+        options=chosen,
         elimination_losses=found["elimination_losses"],
     )
 
@@ -121,6 +141,7 @@ def second_order_options(
     seed: int,
     tolerance: float,
     watch: Progress,
+    saved: SavedAttack | None = None,
     restarts: int | None = None,
     start: str = "auto",
     max_steps: int = 200,
@@ -139,6 +160,7 @@ def second_order_options(
         seed: seed of the candidates.
         tolerance: loss at which restarts end.
         watch: progress.
+        saved: the file that the attack is kept in, and goes on from.
         restarts: most starts; the best by loss is returned. They end early when the parameters
             are explained, or when two independent starts found the same samples. If None, 20
             where all starts are made by message passing, and 5 otherwise.
@@ -186,6 +208,7 @@ def second_order_options(
         keep=keep,
         forcing=forcing,
         progress=watch,
+        saved=saved,
     )
     best = run.solve()
     return {

@@ -23,7 +23,8 @@ class Reconstruction:
         explained: whether the loss reached the tolerance.
         identifiable: whether the parameters count more numbers than the data, C p > n (d - 1 + C)
             for C independent outputs (p > d n for one); if not, other data explain them as well.
-        history: one dict a step: stage, restart, step, loss, damping, inner iterations, seconds.
+        history: one dict a step: stage, restart, step, loss, damping, inner iterations, and the
+            passes and seconds of the stage up to there.
         stages: one dict a stage: restart, name, dtype, why it ended, loss, candidates, passes,
             seconds.
         passes: products of the feature weights (or the module's Jacobian) with all candidates.

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import nbformat
 
-from paperlib.notebook_job import Job, file_hash, library_versions, replace_file
+from paperlib.notebook_job import Job, file_hash, library_versions
 from paperlib.notebook_pictures import describe_pictures
 from paperlib.notebook_source import check_values, normalised
+from paperlib.replace_file import replace_file
 
 PROFILES = ("quick", "laptop", "paper")
 

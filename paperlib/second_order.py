@@ -17,25 +17,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from paperlib.elimination import eliminate
+from paperlib.attempts import Attempt, Attempts
 from paperlib.feature_map import FeatureMap
 from paperlib.identifiability import numbers_per_unknown
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
-from paperlib.message_passing import MessagePassing
-from paperlib.precision import SETTLED, bulk_formats
+from paperlib.precision import bulk_formats
 from paperlib.progress import Progress
-from paperlib.projection import Linearization
+from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
-from paperlib.sphere import random_on_sphere
-from paperlib.stages import PROMISING, Stages
+from paperlib.stages import PROMISING, stage_record
 from paperlib.streams import stream
-from paperlib.subspace_search import SubspaceSearch
 
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
@@ -49,26 +46,9 @@ AGREEMENT = 0.9
 # (chapter 11). It needs the second moment of the activation, and identifiable data.
 NEAR = 2.5
 LEAST_SECOND_MOMENT = 1e-2
-ITERATIONS = 600
-
-# A descent between two searches ends when a step or two no longer halve the loss. The rounds end
-# when this many have not lowered the best loss by a tenth.
-SHORT, HALVED = 2, 0.5
-PATIENCE, MOST_ROUNDS = 3, 25
 
 # Restarts by default, and where every start is made by message passing.
 RESTARTS, RESTARTS_NEAR = 5, 20
-
-
-@dataclass
-class Attempt:
-    """The outcome of one restart."""
-
-    X: Tensor
-    loss: float
-    restart: int
-    elimination_losses: list[float] = field(default_factory=list)
-    agreed: bool = False
 
 
 def same_samples(A: Tensor, B: Tensor, *, share: float = AGREEMENT) -> bool:
@@ -77,8 +57,8 @@ def same_samples(A: Tensor, B: Tensor, *, share: float = AGREEMENT) -> bool:
     return float((cosines.amax(1) > SAME).double().mean()) >= share
 
 
-class SecondOrderSolver(Stages):
-    """Starts of three kinds on one problem, each followed by the stages above."""
+class SecondOrderSolver(Attempts):
+    """Attempts of three kinds on one problem, until one succeeds."""
 
     def __init__(
         self,
@@ -97,16 +77,18 @@ class SecondOrderSolver(Stages):
         keep: str,
         forcing: float,
         progress: Progress,
+        saved: SavedAttack | None = None,
     ):
         """See `reconstruct` for the options."""
-        self.candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
-        formats = bulk_formats(model, self.candidates, bulk)
+        candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
+        formats = bulk_formats(model, candidates, bulk)
         make_room(model, formats)
-        sizes = (self.candidates, len(theta), formats)
+        sizes = (candidates, len(theta), formats)
         super().__init__(
             model,
             theta,
             n,
+            candidates=candidates,
             formats=formats,
             keep=choose_kept(model, *sizes, n=n) if keep == "auto" else keep,
             max_steps=max_steps,
@@ -114,6 +96,7 @@ class SecondOrderSolver(Stages):
             forcing=forcing,
             generator=stream("candidates", seed),
             progress=progress,
+            saved=saved,
         )
         self.ratio = numbers_per_unknown(model, theta, n)
         possible = (
@@ -134,7 +117,6 @@ class SecondOrderSolver(Stages):
         sent = self.always_messages or (self.messages and restarts > 1)
         check_memory(model, *sizes, n=n, keep=self.keep, messages=sent)
         self.lift = self._make_lift(lift)
-        self.passing: MessagePassing | None = None
         # A linear part that is not lifted would drown the second moment.
         liftable = self.lift is not None or abs(model.linear_coefficient) < 1e-6
         if start == "subspace" and not liftable:
@@ -143,6 +125,9 @@ class SecondOrderSolver(Stages):
             start == "auto" and possible and liftable and self.ratio >= NEAR
         )
         self.always_searches = start == "subspace"
+        self.best: Attempt | None = None
+        self.independent: list[Tensor] = []  # samples of the starts that began anew
+        self.stuck = False
 
     def _make_lift(self, wanted: bool | None) -> Lift | None:
         model = self.model
@@ -160,7 +145,8 @@ class SecondOrderSolver(Stages):
         # Rounding V to float16 saves memory, not time: the lift may as well be exact.
         dtype = self.model.dtype if self.bulk == torch.float16 else self.bulk
         lift = Lift(model, self.theta, dtype=dtype)
-        self._log("lift", dtype, "done", math.nan, 0, 0, time.perf_counter() - begun, 0)
+        seconds = time.perf_counter() - begun
+        self._log(stage_record("lift", dtype, "done", math.nan, 0, 0, seconds, 0))
         return lift
 
     def solve(self) -> Attempt:
@@ -174,124 +160,67 @@ class SecondOrderSolver(Stages):
         the samples, the loss that is left is not the candidates' fault (a network whose features
         moved while it trained is never explained exactly), and more restarts would find no more.
         """
-        best: Attempt | None = None
-        independent: list[Tensor] = []
-        stuck = False
-        for restart in range(self.restarts):
+        begun = self._begin()
+        for restart in range(begun["restart"], self.restarts):
+            best = self.best
+            kept = None if best is None or self.stuck else best.X
             messages = self.always_messages or (self.messages and restart % 2 == 1)
-            kept = None if best is None or stuck else best.X
-            if messages:
-                # Below, the best is resumed only where little is missing.
-                kept = None if best is None or best.loss > PROMISING else kept
-                attempt = self._attempt_by_messages(restart, kept)
-            elif self.searches and (restart == 0 or self.always_searches):
+            if messages and best is not None and best.loss > PROMISING:
+                kept = None  # the best is resumed only where little is missing
+            searched = self.searches and not messages and (restart == 0 or self.always_searches)
+            if searched:
                 kept = None
+            if restart == begun["restart"] and "X" in begun:
+                attempt = self._go_on(begun, searched=searched)
+            elif messages:
+                attempt = self._attempt_by_messages(restart, kept)
+            elif searched:
                 attempt = self._attempt_in_subspaces(restart)
             else:
                 attempt = self._attempt(self._start(kept), restart)
-            stuck = best is not None and attempt.loss > 0.5 * best.loss
+            self.stuck = best is not None and attempt.loss > 0.5 * best.loss
             if best is None or attempt.loss < best.loss:
-                best = attempt
+                self.best = best = attempt
             if best.loss <= self.tolerance:
                 break
             if kept is None:
                 # Message passing finds all but a sample with a tiny |alpha| again and again: then
                 # all samples have to agree.
                 share = 1.0 if messages else AGREEMENT
-                best.agreed = any(same_samples(attempt.X, X, share=share) for X in independent)
-                independent.append(attempt.X)
-                if best.agreed:
+                agreed = any(same_samples(attempt.X, X, share=share) for X in self.independent)
+                best.agreed = agreed
+                self.independent.append(attempt.X)
+                if agreed:
                     break
-        return best
+            if self.saved is not None:
+                state = self.state() | {"restart": restart + 1}
+                self.saved.offer(lambda state=state: state, now=True)
+        return self.best
 
-    def _start(self, kept: Tensor | None) -> Tensor:
-        """Random candidates, (n^, d), after those that are kept."""
-        fresh = random_on_sphere(self.candidates, self.model.d, generator=self.generator)
-        fresh = fresh.to(self.model.device, self.model.dtype)
-        return fresh if kept is None else torch.cat([kept, fresh[: self.candidates - len(kept)]])
+    def _begin(self) -> dict[str, Any]:
+        """The state to begin at: of a process that was stopped, or of none."""
+        if self.saved is None:
+            return {"restart": 0}
+        if self.saved.state is None:
+            state = self.state() | {"restart": 0}
+            self.saved.begin(state)
+            return state
+        self._restore(self.saved.state)
+        return self.saved.state
 
-    def _attempt(self, start: Tensor, restart: int) -> Attempt:
-        bulk = self._descend("bulk", start, restart, SETTLED[self.bulk], lifted=True, exact=False)
-        elimination = eliminate(bulk, self.n)
-        X = bulk.X[elimination.kept]
-        point = self._finish(X, restart, brief=bulk.loss > PROMISING)
-        point = self._reseed(point, restart)
-        return Attempt(point.X, point.loss, restart, elimination.losses)
+    def state(self) -> dict[str, Any]:
+        """As in `Stages`, with the outcomes of earlier restarts."""
+        return super().state() | {
+            "best": None if self.best is None else vars(self.best),
+            "independent": self.independent,
+            "stuck": self.stuck,
+            "eliminated": self.eliminated,
+        }
 
-    def _attempt_in_subspaces(self, restart: int) -> Attempt:
-        """Rounds of a search in few directions and a short descent in all, then the finish."""
-        search = SubspaceSearch(
-            self.model,
-            self.theta if self.lift is None else self.lift.theta,
-            self.n,
-            candidates=self.candidates,
-            lift=self.lift,
-            dtype=self.bulk,
-            forcing=self.forcing,
-            generator=self.generator,
-        )
-        best: Linearization | None = None
-        since = 0
-        for _ in range(MOST_ROUNDS):
-            name, before = "search in a subspace", search.passes
-            begun = self._announce(name, restart)
-            X = search.first() if best is None else search.next(best)
-            seconds, passes = time.perf_counter() - begun, search.passes - before
-            self._log(name, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart)
-            point = self._descend(
-                "bulk",
-                X,
-                restart,
-                SETTLED[self.bulk],
-                lifted=True,
-                exact=False,
-                stall_steps=SHORT,
-                stall_ratio=HALVED,
-            )
-            since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
-            if best is None or point.loss < best.loss:
-                best = point
-            settled = best.loss <= SETTLED[self.bulk] or self._at_floor()
-            if settled or since == PATIENCE:
-                break
-        losses = eliminate(best, self.n).losses
-        point = self._finish(best.X, restart, brief=best.loss > PROMISING)
-        point = self._reseed(point, restart)
-        return Attempt(point.X, point.loss, restart, losses)
-
-    def _attempt_by_messages(self, restart: int, kept: Tensor | None) -> Attempt:
-        """Message passing, then signs and descent without a lift.
-
-        It begins at the spectral start, or at candidates that explain almost everything: then a
-        sample with a tiny |alpha| is missing, which stands out once the others are known.
-
-        Its means know their signs, and p near d n has no d equations to spare for a lift.
-        """
-        name = "message passing"
-        begun = self._announce(name, restart)
-        if self.passing is None:
-            shared = self.lift is not None and self.lift.dtype == self.bulk
-            self.passing = MessagePassing(
-                self.model,
-                self.theta,
-                self.n,
-                generator=self.generator,
-                dtype=self.bulk,
-                weight_gram=self.lift.weight_gram if shared else None,
-            )
-        else:
-            self.passing.begin()
-        if kept is not None:
-            self.passing.resume(kept)
-        beliefs = self.passing.run(ITERATIONS, on_step=self.progress.step)
-        self.passing.forget_scores()
-        seconds = time.perf_counter() - begun
-        for k, share in enumerate(beliefs.history, 1):
-            self.history.append({"restart": restart, "stage": name, "step": k, "loss": share})
-        passes = 2 * beliefs.iterations
-        self._log(
-            name, self.bulk, beliefs.ended, beliefs.unexplained, self.n, passes, seconds, restart
-        )
-        point = self._settle(beliefs.X.to(self.theta), restart)
-        point = self._reseed(point, restart)
-        return Attempt(point.X, point.loss, restart)
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        if state["best"] is not None:
+            self.best = Attempt(**state["best"])
+            self.best.X = self.best.X.to(self.theta)
+        self.independent = [X.to(self.theta) for X in state["independent"]]
+        self.stuck, self.eliminated = state["stuck"], state["eliminated"]

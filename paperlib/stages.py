@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
+from paperlib.levenberg_marquardt import Damping, Descent, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.precision import FLOOR, Formats
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reseed import reseed_least_useful
+from paperlib.saved_attack import SavedAttack
 from paperlib.signs import settle_signs
 
 # A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
@@ -53,9 +54,11 @@ class Stages:
         forcing: float,
         generator: torch.Generator,
         progress: Progress,
+        saved: SavedAttack | None = None,
     ):
         """See `reconstruct` for the options."""
         self.model, self.theta, self.n = model, theta, n
+        self.saved = saved
         self.bulk, self.products = formats
         self.keep, self.max_steps, self.tolerance = keep, max_steps, tolerance
         self.forcing, self.generator, self.progress = forcing, generator, progress
@@ -63,6 +66,48 @@ class Stages:
         self.history: list[dict[str, Any]] = []
         self.stages: list[dict[str, Any]] = []
         self.passes = 0
+        # What the stage under way has to beat, if it is a trial: a point, and how long it stood.
+        self.fallback: tuple[Linearization, int] | None = None
+        self.damping = Damping()  # of the next stage
+
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to go on, all but the stage under way."""
+        return {
+            "generator": self.generator.get_state(),
+            "history": self.history,
+            "stages": self.stages,
+            "passes": self.passes,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over what was logged, with the stage that was cut off."""
+        self.generator.set_state(state["generator"])
+        self.history, self.stages = state["history"], state["stages"]
+        self.passes = state["passes"]
+        if "cut off" in state:
+            self.stages.append(state["cut off"])
+            self.passes += state["cut off"]["passes"]
+            self.damping = Damping(start=state["damping"])
+
+    def _keep(self, point: Linearization, cut_off: dict[str, Any], mu: float) -> None:
+        """Offer a stage under way to the file of the attack: candidates, log and next damping."""
+        if self.saved is None:
+            return
+        fallback = None
+        if self.fallback is not None:
+            best, since = self.fallback
+            fallback = {"X": best.X, "loss": best.loss, "since": since}
+        self.saved.offer(
+            lambda: {
+                **self.state(),
+                "restart": cut_off["restart"],
+                "stage": cut_off["stage"],
+                "X": point.X,
+                "fallback": fallback,
+                "cut off": cut_off,
+                "damping": mu,
+            }
+        )
 
     def _announce(self, name: str, restart: int) -> float:
         """Show a stage in the progress bar; the time it begins at."""
@@ -73,16 +118,19 @@ class Stages:
         """Whether rounding ended the last stage."""
         return self.stages[-1]["ended"] == "precision floor"
 
-    def _reseed(self, point: Linearization, restart: int) -> Linearization:
+    def _reseed(
+        self, point: Linearization, restart: int, previous: float = math.inf
+    ) -> Linearization:
         """Move the least useful candidate again and again, while that gains."""
-        previous = math.inf
         while self.tolerance < point.loss <= min(PROMISING, RESEED_GAIN * previous):
             previous = point.loss
             self.passes += 2
+            self.fallback = point, 0
             X = reseed_least_useful(point, generator=self.generator)
             trial = self._finish(X, restart)
             if trial.loss < point.loss:
                 point = trial
+        self.fallback = None
         return point
 
     def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
@@ -119,75 +167,85 @@ class Stages:
         **stall: float,
     ) -> Linearization:
         """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up."""
-        lift = self.lift if lifted else None
-        theta = lift.theta if lift is not None else self.theta
         dtype = self.model.dtype if exact else self.bulk
 
-        def evaluate(candidates: Tensor) -> Linearization:
-            return Linearization(
-                self.model,
-                theta,
-                candidates,
-                lift=lift,
-                dtype=dtype,
-                curvature_dtype=self.products,
-                curvature=True,
-                keep=self.keep,
+        def log(ended: str, loss: float, passes: int) -> dict[str, Any]:
+            return stage_record(
+                name,
+                dtype,
+                ended,
+                loss,
+                len(X),
+                passes,
+                time.perf_counter() - begun,
+                restart,
+                products=self.products,
             )
+
+        def after_step(record: dict[str, Any], point: Linearization) -> None:
+            self.history.append({"restart": restart, "stage": name, **record})
+            mu = Damping().after(record["damping"], accepted=record["accepted"])
+            self._keep(point, log("interrupted", point.loss, record["passes"]), mu)
+            self.progress.step(record["loss"], point.X)
 
         begun = self._announce(name, restart)
         run: Descent = levenberg_marquardt(
-            evaluate,
+            lambda X: self._evaluate(X, lifted=lifted, exact=exact),
             X,
             target=target,
             max_steps=min(self.max_steps, 10) if brief else self.max_steps,
+            damping=self.damping,
             forcing=self.forcing,
             floor=max(self.tolerance, FLOOR[dtype]),
-            on_step=lambda record, point: self.progress.step(record["loss"], point.X),
+            on_step=after_step,
             **stall,
         )
+        self.damping = Damping()
         run.point.forget_curvature()
-        seconds = time.perf_counter() - begun
-        for record in run.history:
-            self.history.append({"restart": restart, "stage": name, **record})
-        self._log(
-            name,
-            dtype,
-            run.status,
-            run.point.loss,
-            len(X),
-            run.passes,
-            seconds,
-            restart,
-            products=self.products,
-        )
+        self._log(log(run.status, run.point.loss, run.passes))
         return run.point
 
-    def _log(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        status: str,
-        loss: float,
-        candidates: int,
-        passes: int,
-        seconds: float,
-        restart: int,
-        *,
-        products: torch.dtype | None = None,
-    ) -> None:
-        """Log a stage; `products` is the format of its Gauss-Newton products, if it has any."""
-        self.passes += passes
-        self.stages.append(
-            {
-                "restart": restart,
-                "stage": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "products": str(products or dtype).removeprefix("torch."),
-                "ended": status,
-                "loss": loss,
-                "candidates": candidates,
-                "passes": passes,
-                "seconds": seconds,
-            }
+    def _evaluate(self, X: Tensor, *, lifted: bool, exact: bool) -> Linearization:
+        """The Gauss-Newton model at candidates, of the lifted loss or not, in bulk or exact."""
+        lift = self.lift if lifted else None
+        return Linearization(
+            self.model,
+            self.theta if lift is None else lift.theta,
+            X,
+            lift=lift,
+            dtype=self.model.dtype if exact else self.bulk,
+            curvature_dtype=self.products,
+            curvature=True,
+            keep=self.keep,
         )
+
+    def _log(self, record: dict[str, Any]) -> None:
+        """Log a stage that ended."""
+        self.passes += record["passes"]
+        self.stages.append(record)
+
+
+def stage_record(
+    name: str,
+    dtype: torch.dtype,
+    ended: str,
+    loss: float,
+    candidates: int,
+    passes: int,
+    seconds: float,
+    restart: int,
+    *,
+    products: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """The log of one stage; `products` is the format of its Gauss-Newton products, if any."""
+    return {
+        "restart": restart,
+        "stage": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "products": str(products or dtype).removeprefix("torch."),
+        "ended": ended,
+        "loss": loss,
+        "candidates": candidates,
+        "passes": passes,
+        "seconds": seconds,
+    }

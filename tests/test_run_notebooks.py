@@ -7,7 +7,7 @@ import pytest
 from tiny_notebook import CHECK, PARAMETERS, write_notebook
 
 from paperlib import notebook_job
-from paperlib.notebook_job import Job, replace_file
+from paperlib.notebook_job import Job
 from paperlib.notebook_source import (
     check_values,
     code_cells,
@@ -15,6 +15,7 @@ from paperlib.notebook_source import (
     normalised,
     tags,
 )
+from paperlib.replace_file import replace_file
 from paperlib.run_notebooks import check, find_jobs, main
 
 DRAW = """

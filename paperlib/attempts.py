@@ -1,0 +1,188 @@
+"""An attempt: candidates from nothing, and the stages that make samples of them.
+
+Random candidates, which a descent in all d dimensions and an elimination thin out; rounds of
+searches in the few directions that stand out; or message passing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paperlib.elimination import eliminate
+from paperlib.message_passing import MessagePassing
+from paperlib.precision import SETTLED
+from paperlib.projection import Linearization
+from paperlib.sphere import random_on_sphere
+from paperlib.stages import PROMISING, Stages, stage_record
+from paperlib.subspace_search import SubspaceSearch
+
+# Most iterations of one start by message passing.
+ITERATIONS = 600
+
+# A descent between two searches ends when a step or two no longer halve the loss. The rounds end
+# when this many have not lowered the best loss by a tenth.
+SHORT, HALVED = 2, 0.5
+PATIENCE, MOST_ROUNDS = 3, 25
+
+
+@dataclass
+class Attempt:
+    """The outcome of one restart."""
+
+    X: Tensor
+    loss: float
+    restart: int
+    elimination_losses: list[float] = field(default_factory=list)
+    agreed: bool = False
+
+
+class Attempts(Stages):
+    """The three kinds of attempt on one problem.
+
+    Attributes:
+        candidates: n^, how many a search begins with.
+        eliminated: losses of the elimination in the attempt under way.
+    """
+
+    def __init__(self, *problem: Any, candidates: int, **options: Any):
+        """See `Stages`."""
+        super().__init__(*problem, **options)
+        self.candidates = candidates
+        self.passing: MessagePassing | None = None
+        self.eliminated: list[float] = []
+
+    def _start(self, kept: Tensor | None) -> Tensor:
+        """Random candidates, (n^, d), after those that are kept."""
+        fresh = random_on_sphere(self.candidates, self.model.d, generator=self.generator)
+        fresh = fresh.to(self.model.device, self.model.dtype)
+        return fresh if kept is None else torch.cat([kept, fresh[: self.candidates - len(kept)]])
+
+    def _attempt(self, start: Tensor, restart: int) -> Attempt:
+        bulk = self._descend("bulk", start, restart, SETTLED[self.bulk], lifted=True, exact=False)
+        elimination = eliminate(bulk, self.n)
+        self.eliminated = elimination.losses
+        X = bulk.X[elimination.kept]
+        point = self._finish(X, restart, brief=bulk.loss > PROMISING)
+        return self._concluded(point, restart)
+
+    def _concluded(self, point: Linearization, restart: int, previous: float = math.inf) -> Attempt:
+        """The outcome, after second chances for a sample that was missed."""
+        point = self._reseed(point, restart, previous)
+        return Attempt(point.X, point.loss, restart, self.eliminated)
+
+    def _attempt_in_subspaces(
+        self, restart: int, X: Tensor | None = None, fallback: dict[str, Any] | None = None
+    ) -> Attempt:
+        """Rounds of a search in few directions and a short descent in all, then the finish.
+
+        The first round can begin at candidates X (n, d), with better ones of earlier rounds.
+        """
+        search = SubspaceSearch(
+            self.model,
+            self.theta if self.lift is None else self.lift.theta,
+            self.n,
+            candidates=self.candidates,
+            lift=self.lift,
+            dtype=self.bulk,
+            forcing=self.forcing,
+            generator=self.generator,
+        )
+        best: Linearization | None = None
+        since = 0
+        if fallback is not None:
+            best = self._evaluate(fallback["X"].to(self.theta), lifted=True, exact=False)
+            since = fallback["since"]
+            self.fallback = best, since
+        for _ in range(MOST_ROUNDS):
+            if X is None:
+                X = self._search(search, best, restart)
+            point = self._descend(
+                "bulk",
+                X,
+                restart,
+                SETTLED[self.bulk],
+                lifted=True,
+                exact=False,
+                stall_steps=SHORT,
+                stall_ratio=HALVED,
+            )
+            X = None
+            since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
+            if best is None or point.loss < best.loss:
+                best = point
+            self.fallback = best, since
+            settled = best.loss <= SETTLED[self.bulk] or self._at_floor()
+            if settled or since == PATIENCE:
+                break
+        self.fallback = None
+        self.eliminated = eliminate(best, self.n).losses
+        point = self._finish(best.X, restart, brief=best.loss > PROMISING)
+        return self._concluded(point, restart)
+
+    def _search(self, search: SubspaceSearch, best: Linearization | None, restart: int) -> Tensor:
+        """Candidates (n, d) from one search, logged."""
+        name, before = "search in a subspace", search.passes
+        begun = self._announce(name, restart)
+        X = search.first() if best is None else search.next(best)
+        seconds, passes = time.perf_counter() - begun, search.passes - before
+        self._log(
+            stage_record(
+                name, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart
+            )
+        )
+        return X
+
+    def _attempt_by_messages(self, restart: int, kept: Tensor | None) -> Attempt:
+        """Message passing, then signs and descent without a lift.
+
+        It begins at the spectral start, or at candidates that explain almost everything: then a
+        sample with a tiny |alpha| is missing, which stands out once the others are known.
+
+        Its means know their signs, and p near d n has no d equations to spare for a lift.
+        """
+        name = "message passing"
+        begun = self._announce(name, restart)
+        if self.passing is None:
+            shared = self.lift is not None and self.lift.dtype == self.bulk
+            self.passing = MessagePassing(
+                self.model,
+                self.theta,
+                self.n,
+                generator=self.generator,
+                dtype=self.bulk,
+                weight_gram=self.lift.weight_gram if shared else None,
+            )
+        else:
+            self.passing.begin()
+        if kept is not None:
+            self.passing.resume(kept)
+        beliefs = self.passing.run(ITERATIONS, on_step=self.progress.step)
+        self.passing.forget_scores()
+        seconds = time.perf_counter() - begun
+        for k, share in enumerate(beliefs.history, 1):
+            self.history.append({"restart": restart, "stage": name, "step": k, "loss": share})
+        passes = 2 * beliefs.iterations
+        ended, share = beliefs.ended, beliefs.unexplained
+        self._log(stage_record(name, self.bulk, ended, share, self.n, passes, seconds, restart))
+        self.eliminated = []
+        return self._concluded(self._settle(beliefs.X.to(self.theta), restart), restart)
+
+    def _go_on(self, state: dict[str, Any], *, searched: bool) -> Attempt:
+        """The rest of an attempt that was cut off in a stage."""
+        X, restart = state["X"].to(self.theta), state["restart"]
+        if state["stage"] == "bulk" and searched:
+            return self._attempt_in_subspaces(restart, X, state["fallback"])
+        if state["stage"] == "bulk":
+            return self._attempt(X, restart)
+        signed = state["stage"] == "finish"
+        point = self._descend_unlifted(X, restart) if signed else self._finish(X, restart)
+        trial = state["fallback"]
+        if trial is not None and trial["loss"] < point.loss:
+            point = self._evaluate(trial["X"].to(self.theta), lifted=False, exact=True)
+        return self._concluded(point, restart, math.inf if trial is None else trial["loss"])

@@ -1,0 +1,156 @@
+"""Attacks that go on where they were stopped: the state of each, kept in a folder while it runs.
+
+The file of an attack is named by a checksum of all that defines it, so that many attacks share a
+folder and none goes on from another's state. It is replaced in one step: a process that dies while
+it writes leaves the state of before. When the attack has ended, its file holds the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from paperlib.replace_file import replace_file
+
+# Seconds between two writings: what is lost at most, besides the step under way.
+INTERVAL = 30.0
+
+FORMAT = 1
+
+# What reading a file raises that is not, or not wholly, what was written.
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+
+
+def fingerprint(theta: Tensor, **problem: Any) -> str:
+    """A name for an attack: a checksum of the parameters (C, p) and of all that defines it."""
+    digest = hashlib.sha256(json.dumps(problem, sort_keys=True, default=str).encode())
+    digest.update(theta.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+class SavedAttack:
+    """The state of one attack in a file.
+
+    Where the features are split over processes, all of them begin at the state that the first
+    one reads, and it alone writes.
+
+    Attributes:
+        path: the file.
+        state: what the solver kept last, None at first.
+        result: what the solver returned, None while it has not.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        name: str,
+        *,
+        group: ProcessGroup | None = None,
+    ):
+        """Read the state, if there is one.
+
+        Args:
+            folder: made if it is not there.
+            name: the attack's `fingerprint`.
+            group: the processes that share it.
+
+        Raises:
+            OSError: if the folder cannot be made.
+        """
+        self.path = Path(folder) / f"{name}.attack"
+        self.writes = group is None or group.rank() == 0
+        self._begun = self._written = time.perf_counter()
+        found: dict[str, Any] | None = None
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            found = self._read()
+        if group is not None:
+            everyone = [found]
+            torch.distributed.broadcast_object_list(everyone, group=group, group_src=0)
+            found = everyone[0]
+        found = found or {}
+        self._seconds_before = found.get("seconds", 0.0)
+        self.state: dict[str, Any] | None = found.get("state")
+        self.result: dict[str, Any] | None = found.get("result")
+
+    @property
+    def seconds(self) -> float:
+        """How long the attack has run, interruptions left out."""
+        return self._seconds_before + time.perf_counter() - self._begun
+
+    def begin(self, state: dict[str, Any]) -> None:
+        """Write for the first time.
+
+        Raises:
+            OSError: if that fails, before any work is done.
+        """
+        if self.writes:
+            self._write({"state": state})
+
+    def offer(self, state: Callable[[], dict[str, Any]], *, now: bool = False) -> None:
+        """Write the state, if the last writing was long enough ago; a full disk is only a warning.
+
+        Args:
+            state: makes the state: tensors on any device, numbers, strings, lists and dicts.
+            now: whenever the last writing was.
+        """
+        early = time.perf_counter() - self._written < INTERVAL
+        if not self.writes or (early and not now):
+            return
+        try:
+            self._write({"state": state()})
+        except OSError as error:  # the attack itself is worth more than its copy
+            warnings.warn(f"the attack goes on, but could not be kept: {error}", stacklevel=2)
+            self._written = time.perf_counter()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Put the result in the place of the state."""
+        if self.writes:
+            try:
+                self._write({"result": result})
+            except OSError as error:
+                warnings.warn(f"the result could not be kept: {error}", stacklevel=2)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        content = {"format": FORMAT, "seconds": self.seconds, **content}
+        torch.save(_on_cpu(content), buffer)
+        replace_file(self.path, buffer.getvalue())
+        self._written = time.perf_counter()
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.exists():
+            return None
+        content = io.BytesIO(self.path.read_bytes())
+        try:
+            found = torch.load(content, map_location="cpu", weights_only=True)
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']}, expected {FORMAT}")
+        except DAMAGED as error:
+            name = self.path.name
+            warnings.warn(f"{name} is damaged, the attack begins anew: {error}", stacklevel=3)
+            return None
+        return found
+
+
+def _on_cpu(value: Any) -> Any:
+    """The same value with every tensor on the CPU, a copy that no step changes."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on_cpu(part) for part in value]
+    return value

@@ -1,0 +1,244 @@
+"""Attacks that are stopped at any step and go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import paperlib
+from paperlib import saved_attack
+
+PUBLISHED = {"solver": "published", "learning_rate": 10.0, "max_steps": 1500, "restarts": 2}
+
+# Name: p / (d n) and options, for each kind of start.
+KINDS = {
+    "searches": (5.0, {"start": "subspace"}),
+    "random": (3.0, {"start": "random"}),
+    "messages": (1.6, {}),
+    "published": (10.0, PUBLISHED),
+}
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process between two steps."""
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Write after every step."""
+    monkeypatch.setattr(saved_attack, "INTERVAL", 0.0)
+
+
+def problem(ratio, n=5, d=30):
+    data = paperlib.sphere(n, d, 0)
+    model = paperlib.RandomFeatures(d, round(ratio * d * n), "relu", seed=0)
+    return data, model, paperlib.fit_min_norm(model, data.X, data.y)
+
+
+def killed_after(steps):
+    """A callback that ends the attack after so many steps."""
+    seen = []
+
+    def callback(*step):
+        seen.append(step)
+        if len(seen) > steps:
+            raise Killed
+
+    return callback
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_attack_goes_on_from_any_step(kind, tmp_path, at_once):
+    ratio, options = KINDS[kind]
+    data, model, theta = problem(ratio)
+    whole = paperlib.reconstruct(model, theta, data.n, **options)
+    assert whole.explained
+    total = len(whole.history)
+    for k in sorted({0, 1, total // 4, total // 2, 3 * total // 4, total - 2}):
+        folder = tmp_path / str(k)
+        with pytest.raises(Killed):
+            paperlib.reconstruct(
+                model, theta, data.n, resume=folder, callback=killed_after(k), **options
+            )
+        on = paperlib.reconstruct(model, theta, data.n, resume=folder, **options)
+        assert on.explained, (k, on)
+        assert paperlib.compare(data.X, on.samples).recovered() == data.n
+        assert sum(stage["passes"] for stage in on.stages) <= on.passes
+
+
+@pytest.mark.parametrize("kind", ["searches", "random"])
+def test_an_attack_that_is_killed_at_every_step_ends_all_the_same(kind, tmp_path, at_once):
+    ratio, options = KINDS[kind]
+    data, model, theta = problem(ratio)
+    record, kills = None, 0
+    while record is None:
+        try:
+            record = paperlib.reconstruct(
+                model, theta, data.n, resume=tmp_path, callback=killed_after(3), **options
+            )
+        except Killed:
+            kills += 1
+            assert kills < 200
+    assert kills >= 3
+    assert record.explained
+    assert paperlib.compare(data.X, record.samples).recovered() == data.n
+    cut_off = [stage for stage in record.stages if stage["ended"] == "interrupted"]
+    assert len(cut_off) == kills
+    # Every step that was taken is on record, but the last of each process.
+    assert len(record.history) >= 3 * kills
+
+
+def test_the_published_descent_goes_on_as_if_nothing_had_been(tmp_path, at_once):
+    ratio, options = KINDS["published"]
+    data, model, theta = problem(ratio)
+    options = options | {"max_steps": 150}
+    whole = paperlib.reconstruct(model, theta, data.n, **options)
+    assert len(whole.stages) == 2  # two restarts
+    for k in (40, 199):
+        with pytest.raises(Killed):
+            paperlib.reconstruct(
+                model, theta, data.n, resume=tmp_path / f"{k}", callback=killed_after(k), **options
+            )
+        on = paperlib.reconstruct(model, theta, data.n, resume=tmp_path / f"{k}", **options)
+        assert torch.equal(on.samples, whole.samples)
+        assert [h["loss"] for h in on.history] == [h["loss"] for h in whole.history]
+        assert on.passes == whole.passes
+
+
+def test_a_stopped_attack_does_not_start_over(tmp_path, at_once):
+    data, model, theta = problem(3.0)
+    losses = []
+
+    def watch(stage, loss, X):
+        losses.append(loss)
+        if loss < 1e-2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        paperlib.reconstruct(model, theta, data.n, start="random", resume=tmp_path, callback=watch)
+    begun = losses[0]
+    on = paperlib.reconstruct(model, theta, data.n, start="random", resume=tmp_path)
+    first = next(i for i, h in enumerate(on.history) if h["loss"] == losses[-2])
+    assert on.history[first + 1]["loss"] < 0.1 * begun
+
+
+def test_an_attack_that_has_ended_returns_its_result(tmp_path):
+    data, model, theta = problem(5.0)
+    first = paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
+    steps = []
+    again = paperlib.reconstruct(
+        model, theta, data.n, resume=tmp_path, callback=lambda *step: steps.append(step)
+    )
+    assert not steps
+    assert torch.equal(again.samples, first.samples)
+    assert (again.loss, again.status, again.seconds) == (first.loss, first.status, first.seconds)
+    for part in ("history", "stages", "options"):  # as text, where NaN is NaN
+        assert repr(getattr(again, part)) == repr(getattr(first, part))
+    assert again.elimination_losses == first.elimination_losses
+
+
+def test_other_attacks_have_files_of_their_own(tmp_path):
+    data, model, theta = problem(5.0)
+    paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
+    others = [
+        (model, 2 * theta, data.n, {}),
+        (paperlib.RandomFeatures(model.d, model.p, "relu", seed=1), theta, data.n, {}),
+        (model, theta, data.n - 1, {}),
+        (model, theta, data.n, {"seed": 1}),
+        (model, theta, data.n, {"tolerance": 1e-3}),
+        (model, theta, data.n, {"oversampling": 1.5}),
+    ]
+    for k, (features, parameters, n, options) in enumerate(others, 2):
+        paperlib.reconstruct(
+            features,
+            parameters,
+            n,
+            resume=tmp_path,
+            **{"max_steps": 3, "restarts": 1} | options,
+        )
+        assert len(list(tmp_path.glob("*.attack"))) == k
+
+
+def test_a_damaged_file_is_told_of_and_replaced(tmp_path):
+    data, model, theta = problem(5.0)
+    paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
+    (file,) = tmp_path.iterdir()
+    for content in (b"", file.read_bytes()[:-100], b"{}"):
+        file.write_bytes(content)
+        with pytest.warns(UserWarning, match="is damaged, the attack begins anew"):
+            record = paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
+        assert record.explained
+        assert file.read_bytes() != content
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    data, model, theta = problem(5.0)
+    (tmp_path / "file").write_text("")
+    steps = []
+    with pytest.raises(OSError):
+        paperlib.reconstruct(
+            model,
+            theta,
+            data.n,
+            resume=tmp_path / "file" / "folder",
+            callback=lambda *step: steps.append(step),
+        )
+    assert not steps
+
+
+def test_a_disk_that_fills_up_does_not_end_the_attack(tmp_path, at_once, monkeypatch):
+    data, model, theta = problem(5.0)
+    write = saved_attack.replace_file
+    calls = []
+
+    def full(path, content):
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError("no space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(saved_attack, "replace_file", full)
+    with pytest.warns(UserWarning, match="could not be kept: no space left"):
+        record = paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
+    assert record.explained and len(calls) > 2
+
+
+def test_a_killed_process_loses_nothing(tmp_path):
+    """A real process, killed in the middle, and another that goes on."""
+    code = textwrap.dedent(
+        """
+        import sys, time
+        import paperlib
+        from paperlib import saved_attack
+        saved_attack.INTERVAL = 0.0
+        data = paperlib.sphere(5, 30, 0)
+        model = paperlib.RandomFeatures(30, 450, "relu", seed=0)
+        theta = paperlib.fit_min_norm(model, data.X, data.y)
+        slow = lambda *step: (print("step", flush=True), time.sleep(float(sys.argv[2])))
+        record = paperlib.reconstruct(
+            model, theta, 5, start="random", resume=sys.argv[1], callback=slow
+        )
+        cut = [stage["ended"] for stage in record.stages].count("interrupted")
+        print("explained", record.explained, cut)
+        """
+    )
+    environment = {**os.environ, "PAPERLIB_PROGRESS": "0"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "0.2"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for _ in range(6):
+        assert process.stdout.readline() == "step\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    done = subprocess.run(
+        [*command, "0"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "explained True 1"
