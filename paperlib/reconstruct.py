@@ -103,10 +103,12 @@ def reconstruct(
         saved = SavedAttack(resume, name, group=getattr(model, "group", None))
     begun = time.perf_counter()
     found = saved.result if saved is not None else None
+    # A solver that keeps no state between its steps has only its result kept.
+    kept = {"saved": saved} if "saved" in known else {}
     if found is None:
         with Progress(progress, callback) as watch:
             found = SOLVERS[solver](
-                model, theta, n, seed=seed, tolerance=tolerance, watch=watch, saved=saved, **options
+                model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **kept, **options
             )
         found["seconds"] = time.perf_counter() - begun if saved is None else saved.seconds
         if saved is not None:
