@@ -175,14 +175,14 @@ class Attempts(Stages):
 
     def _go_on(self, state: dict[str, Any], *, searched: bool) -> Attempt:
         """The rest of an attempt that was cut off in a stage."""
-        X, restart = state["X"].to(self.theta), state["restart"]
-        if state["stage"] == "bulk" and searched:
-            return self._attempt_in_subspaces(restart, X, state["fallback"])
-        if state["stage"] == "bulk":
-            return self._attempt(X, restart)
-        signed = state["stage"] == "finish"
-        point = self._descend_unlifted(X, restart) if signed else self._finish(X, restart)
+        X, restart, stage = state["X"].to(self.theta), state["restart"], state["cut off"]["stage"]
         trial = state["fallback"]
+        if stage == "bulk" and searched:
+            return self._attempt_in_subspaces(restart, X, trial)
+        if stage == "bulk":
+            return self._attempt(X, restart)
+        signed = stage == "finish"
+        point = self._descend_unlifted(X, restart) if signed else self._finish(X, restart)
         if trial is not None and trial["loss"] < point.loss:
             point = self._evaluate(trial["X"].to(self.theta), lifted=False, exact=True)
         return self._concluded(point, restart, math.inf if trial is None else trial["loss"])

@@ -110,35 +110,33 @@ def published_options(
     generator = stream("published candidates", seed)
     best: dict[str, Any] | None = None
     history, stages, passes, first, begin = [], [], 0, 0, None
-    if saved is not None and saved.state is not None:
+    saved = saved or SavedAttack()
+    if saved.state is not None:
         state = saved.state
         best, history, stages, passes = (state[k] for k in ("best", "history", "stages", "passes"))
         first, begin = state["restart"], state["descent"]
+        generator.set_state(state["generator"])
         if best is not None:
             best["samples"] = best["samples"].to(theta)
-        for _ in range(first):  # the candidates of the restarts that are done
-            torch.randn(n, model.d, generator=generator, dtype=torch.float64)
 
     def state_of(restart: int, descent: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "restart": restart,
             "descent": descent,
+            "generator": generator.get_state(),
             "best": best,
             "history": history,
             "stages": stages,
             "passes": passes,
         }
 
-    if saved is not None and saved.state is None:
+    if saved.state is None:
         saved.begin(state_of(0, None))
     for restart in range(first, restarts):
-        X = torch.randn(n, model.d, generator=generator, dtype=torch.float64)
-        keep = None
-        if saved is not None:
-
-            def keep(descent: Callable[[], dict[str, Any]], restart: int = restart) -> None:
-                saved.offer(lambda: state_of(restart, descent()))
-
+        if begin is None:
+            X = torch.randn(n, model.d, generator=generator, dtype=torch.float64)
+        else:
+            X = begin["X"]
         watch.stage(f"restart {restart + 1}, descent" if restart else "descent")
         begun = time.perf_counter() - (0.0 if begin is None else begin["seconds"])
         X, steps, ended, records = momentum_descent(
@@ -152,7 +150,7 @@ def published_options(
             relu_slope=relu_slope,
             watch=watch,
             begin=begin,
-            keep=keep,
+            keep=lambda descent, restart=restart: saved.offer(lambda: state_of(restart, descent())),
         )
         begin = None
         loss = float(projection_loss(model, theta, X))
@@ -175,8 +173,7 @@ def published_options(
             best = {"samples": X, "loss": loss, "restart": restart}
         if loss <= tolerance:
             break
-        if saved is not None:
-            saved.offer(lambda restart=restart: state_of(restart + 1, None), now=True)
+        saved.keep(state_of(restart + 1, None))
     return {
         **best,
         "history": history,
@@ -198,21 +195,21 @@ def momentum_descent(
     relu_slope: float,
     watch: Progress,
     begin: dict[str, Any] | None = None,
-    keep: Callable[[Callable[[], dict[str, Any]]], None] | None = None,
+    keep: Callable[[Callable[[], dict[str, Any]]], None] = lambda state: None,
 ) -> tuple[Tensor, int, str, list[dict[str, Any]]]:
     """One descent: velocity <- momentum velocity + dL/dX, X <- sphere(X - rate velocity).
 
     Args:
         model: the feature map.
         theta: (C, p) in the model's dtype.
-        X: (n, d) start.
+        X: (n, d) start, or where a descent that was stopped had come to.
         tolerance: stop when the loss is at most this.
         learning_rate: step size.
         momentum: factor of the previous velocity.
         max_steps: stop after this many steps.
         relu_slope: see `published_options`.
         watch: progress.
-        begin: the state of a descent that was stopped, to go on from in place of X.
+        begin: the state of that descent.
         keep: called after every step with a function that makes that state.
 
     Returns:
@@ -224,7 +221,7 @@ def momentum_descent(
     begun = time.perf_counter()
     velocity = torch.zeros_like(X)
     if begin is not None:
-        X, velocity = begin["X"].to(X), begin["velocity"].to(X)
+        velocity = begin["velocity"].to(X)
         records, stride, step = begin["records"], begin["stride"], begin["step"]
         begun -= begin["seconds"]
     total = float(_sum(model, theta.double().square().sum()))
@@ -266,8 +263,7 @@ def momentum_descent(
             stride *= 2
             records = [kept for kept in records if kept["step"] % stride == 0]
         watch.step(loss, X)
-        if keep is not None:
-            keep(state)
+        keep(state)
     if loss <= tolerance:
         ended = "converged"
     if step > here and last_finite is X and (not records or records[-1] is not record):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from typing import Any
 
 import torch
@@ -96,13 +95,12 @@ def reconstruct(
         **options,
         "model": model.describe(),
     }
-    saved = None
+    saved = SavedAttack()
     if resume is not None:
         version = machine()["libraries"].get("paperlib")
         name = fingerprint(theta, **chosen, version=version)
         saved = SavedAttack(resume, name, group=getattr(model, "group", None))
-    begun = time.perf_counter()
-    found = saved.result if saved is not None else None
+    found = saved.result
     # A solver that keeps no state between its steps has only its result kept.
     kept = {"saved": saved} if "saved" in known else {}
     if found is None:
@@ -110,9 +108,8 @@ def reconstruct(
             found = SOLVERS[solver](
                 model, theta, n, seed=seed, tolerance=tolerance, watch=watch, **kept, **options
             )
-        found["seconds"] = time.perf_counter() - begun if saved is None else saved.seconds
-        if saved is not None:
-            saved.finish(found)
+        found["seconds"] = saved.seconds
+        saved.finish(found)
     identifiable = numbers_per_unknown(model, theta, n) > 1
     return Reconstruction(
         samples=found["samples"].to(theta),

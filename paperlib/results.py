@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import sys
-import uuid
 import warnings
 from functools import lru_cache
 from importlib import metadata
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paperlib.grid import to_json
+from paperlib.replace_file import replace_file
 from paperlib.store import Store
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ def export_results(
     target = Path(csv_path)
     beside = target.with_suffix(".provenance.json")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(target, text)
-    _write_whole(beside, (json.dumps(provenance, indent=2) + "\n").encode())
+    replace_file(target, text)
+    replace_file(beside, (json.dumps(provenance, indent=2) + "\n").encode())
     return beside
 
 
@@ -179,15 +179,3 @@ def _public(error: str | None) -> str | None:
     if not error:
         return None
     return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", error.strip().splitlines()[-1])
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

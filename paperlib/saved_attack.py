@@ -41,39 +41,39 @@ def fingerprint(theta: Tensor, **problem: Any) -> str:
 
 
 class SavedAttack:
-    """The state of one attack in a file.
+    """The state of one attack in a file; without a folder, of one that is not kept.
 
     Where the features are split over processes, all of them begin at the state that the first
     one reads, and it alone writes.
 
     Attributes:
-        path: the file.
+        path: the file that this process writes, None if it writes none.
         state: what the solver kept last, None at first.
         result: what the solver returned, None while it has not.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike,
-        name: str,
+        folder: str | os.PathLike | None = None,
+        name: str = "",
         *,
         group: ProcessGroup | None = None,
     ):
         """Read the state, if there is one.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it is not there; None keeps nothing.
             name: the attack's `fingerprint`.
             group: the processes that share it.
 
         Raises:
             OSError: if the folder cannot be made.
         """
-        self.path = Path(folder) / f"{name}.attack"
-        self.writes = group is None or group.rank() == 0
+        writes = folder is not None and (group is None or group.rank() == 0)
+        self.path = Path(folder) / f"{name}.attack" if writes else None
         self._begun = self._written = time.perf_counter()
         found: dict[str, Any] | None = None
-        if self.writes:
+        if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             found = self._read()
         if group is not None:
@@ -96,37 +96,34 @@ class SavedAttack:
         Raises:
             OSError: if that fails, before any work is done.
         """
-        if self.writes:
-            self._write({"state": state})
+        self._write({"state": state})
 
-    def offer(self, state: Callable[[], dict[str, Any]], *, now: bool = False) -> None:
-        """Write the state, if the last writing was long enough ago; a full disk is only a warning.
+    def keep(self, state: dict[str, Any]) -> None:
+        """Write the state: tensors on any device, numbers, strings, lists and dicts."""
+        self._try({"state": state})
 
-        Args:
-            state: makes the state: tensors on any device, numbers, strings, lists and dicts.
-            now: whenever the last writing was.
-        """
-        early = time.perf_counter() - self._written < INTERVAL
-        if not self.writes or (early and not now):
-            return
-        try:
-            self._write({"state": state()})
-        except OSError as error:  # the attack itself is worth more than its copy
-            warnings.warn(f"the attack goes on, but could not be kept: {error}", stacklevel=2)
-            self._written = time.perf_counter()
+    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Make and write the state, if the last writing was long enough ago."""
+        if self.path is not None and time.perf_counter() - self._written >= INTERVAL:
+            self.keep(state())
 
     def finish(self, result: dict[str, Any]) -> None:
         """Put the result in the place of the state."""
-        if self.writes:
-            try:
-                self._write({"result": result})
-            except OSError as error:
-                warnings.warn(f"the result could not be kept: {error}", stacklevel=2)
+        self._try({"result": result})
+
+    def _try(self, content: dict[str, Any]) -> None:
+        """Write; a full disk is only a warning, for the attack is worth more than its copy."""
+        try:
+            self._write(content)
+        except OSError as error:
+            warnings.warn(f"the attack could not be kept: {error}", stacklevel=3)
+            self._written = time.perf_counter()
 
     def _write(self, content: dict[str, Any]) -> None:
+        if self.path is None:
+            return
         buffer = io.BytesIO()
-        content = {"format": FORMAT, "seconds": self.seconds, **content}
-        torch.save(_on_cpu(content), buffer)
+        torch.save({"format": FORMAT, "seconds": self.seconds, **content}, buffer)
         replace_file(self.path, buffer.getvalue())
         self._written = time.perf_counter()
 
@@ -143,14 +140,3 @@ class SavedAttack:
             warnings.warn(f"{name} is damaged, the attack begins anew: {error}", stacklevel=3)
             return None
         return found
-
-
-def _on_cpu(value: Any) -> Any:
-    """The same value with every tensor on the CPU, a copy that no step changes."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _on_cpu(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_on_cpu(part) for part in value]
-    return value

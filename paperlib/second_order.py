@@ -192,15 +192,11 @@ class SecondOrderSolver(Attempts):
                 self.independent.append(attempt.X)
                 if agreed:
                     break
-            if self.saved is not None:
-                state = self.state() | {"restart": restart + 1}
-                self.saved.offer(lambda state=state: state, now=True)
+            self.saved.keep(self.state() | {"restart": restart + 1})
         return self.best
 
     def _begin(self) -> dict[str, Any]:
         """The state to begin at: of a process that was stopped, or of none."""
-        if self.saved is None:
-            return {"restart": 0}
         if self.saved.state is None:
             state = self.state() | {"restart": 0}
             self.saved.begin(state)

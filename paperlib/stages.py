@@ -58,7 +58,7 @@ class Stages:
     ):
         """See `reconstruct` for the options."""
         self.model, self.theta, self.n = model, theta, n
-        self.saved = saved
+        self.saved = saved or SavedAttack()
         self.bulk, self.products = formats
         self.keep, self.max_steps, self.tolerance = keep, max_steps, tolerance
         self.forcing, self.generator, self.progress = forcing, generator, progress
@@ -87,12 +87,12 @@ class Stages:
         if "cut off" in state:
             self.stages.append(state["cut off"])
             self.passes += state["cut off"]["passes"]
-            self.damping = Damping(start=state["damping"])
+            last = self.history[-1]
+            mu = self.damping.after(last["damping"], accepted=last["accepted"])
+            self.damping = Damping(start=mu)
 
-    def _keep(self, point: Linearization, cut_off: dict[str, Any], mu: float) -> None:
-        """Offer a stage under way to the file of the attack: candidates, log and next damping."""
-        if self.saved is None:
-            return
+    def _keep(self, point: Linearization, cut_off: dict[str, Any]) -> None:
+        """Offer a stage under way to the file of the attack: its candidates and its log."""
         fallback = None
         if self.fallback is not None:
             best, since = self.fallback
@@ -101,11 +101,9 @@ class Stages:
             lambda: {
                 **self.state(),
                 "restart": cut_off["restart"],
-                "stage": cut_off["stage"],
                 "X": point.X,
                 "fallback": fallback,
                 "cut off": cut_off,
-                "damping": mu,
             }
         )
 
@@ -184,8 +182,7 @@ class Stages:
 
         def after_step(record: dict[str, Any], point: Linearization) -> None:
             self.history.append({"restart": restart, "stage": name, **record})
-            mu = Damping().after(record["damping"], accepted=record["accepted"])
-            self._keep(point, log("interrupted", point.loss, record["passes"]), mu)
+            self._keep(point, log("interrupted", point.loss, record["passes"]))
             self.progress.step(record["loss"], point.X)
 
         begun = self._announce(name, restart)
