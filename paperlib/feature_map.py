@@ -85,6 +85,7 @@ class FeatureMap(ABC):
         linear_coefficient: mu_1 of the activation when blocks carry weights, else 0.
         odd: whether phi(-x) = -phi(x), so that a sample is known only up to its sign.
         rounds_to_int8: whether `blocks` can round their weights to 8 bits.
+        gaussian_weights: whether the weights are i.i.d. N(0, 1/d), never trained.
     """
 
     d: int
@@ -94,6 +95,7 @@ class FeatureMap(ABC):
     linear_coefficient: float = 0.0
     odd: bool = False
     rounds_to_int8: bool = False
+    gaussian_weights: bool = False
 
     @abstractmethod
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:

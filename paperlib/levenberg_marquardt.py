@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paperlib.conjugate_gradients import LinearSolution, conjugate_gradients
+from paperlib.expected_normal_matrix import ExpectedNormalMatrix, expectation_pays
 from paperlib.preconditioner import Preconditioner
 from paperlib.projection import Linearization
 from paperlib.sphere import to_sphere, to_tangent
@@ -145,7 +146,8 @@ def damped_step(
 
     The unknowns (dX, da, dw) are one vector: (n d) + (n C) + (C d) numbers. Only dX is damped.
     """
-    preconditioner = Preconditioner(point, mu)
+    expected = expectation_pays(point.model, len(point.X))
+    preconditioner = (ExpectedNormalMatrix if expected else Preconditioner)(point, mu)
     n, d = point.X.shape
     C = len(point.theta)
     lifted = point.lift is not None

@@ -6,6 +6,9 @@ For the candidates, the Gauss-Newton matrix is close to M (x) I_d, with
 
 so that samples with a small |alpha_i|, which starve under gradient descent, get steps of the same
 size as the others. The coefficients and the linear part are solved for exactly.
+
+Where the weights are random and the work is large, more is known: see
+`expected_normal_matrix.py`.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class RandomFeatures(FeatureMap):
     """
 
     rounds_to_int8 = True
+    gaussian_weights = True
 
     def __init__(
         self,

@@ -67,6 +67,7 @@ class SubspaceFeatures(FeatureMap):
         self.p, self.dtype, self.device = model.p, model.dtype, model.device
         self.linear_coefficient, self.odd = model.linear_coefficient, model.odd
         self.scale = (model.d / self.d) ** 0.5
+        self.gaussian_weights = model.gaussian_weights
         if hasattr(model, "weight_blocks"):
             # Solvers tell by this method that there are weights, so only then it may exist.
             self.activation = model.activation
