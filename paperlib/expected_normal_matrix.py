@@ -35,7 +35,8 @@ WORTHWHILE = 1e8
 # How far the system in the span is solved: to this relative residual, in at most so many products.
 INNER_TOLERANCE, MOST_INNER = 1e-2, 200
 
-# Keeps the damping of a candidate with alpha_i = 0 away from zero, relative to the mean.
+# Keeps the damping of a candidate with alpha_i = 0 away from zero, relative to the mean. A larger
+# one holds samples with a tiny |alpha_i| where they are.
 DAMPING_FLOOR = 1e-5
 
 # Relative to the largest: keeps the matrices of equal candidates invertible.
@@ -98,7 +99,6 @@ class ExpectedNormalMatrix:
             tolerance=INNER_TOLERANCE,
             max_iterations=MOST_INNER,
         )
-        self.inner = solution.iterations
         zX = zX + solution.x[: n * k].view(n, k).to(rX.dtype) @ basis.T
         za = solution.x[n * k :].view_as(ra).to(ra.dtype)
         zw = None if rw is None else rw @ self.lift.inverse32.to(rw.dtype)
