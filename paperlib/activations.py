@@ -43,6 +43,16 @@ class Activation:
         """mu_1 = E[act'(z)], the Hermite coefficient of order one."""
         return self.hermite_coefficients(1)[1]
 
+    @property
+    def mean_square(self) -> float:
+        """E[act(z)^2], the sum of all mu_r^2."""
+        return _mean_square(self.value)
+
+    @property
+    def mean_square_slope(self) -> float:
+        """E[act'(z)^2], the sum of all r mu_r^2."""
+        return _mean_square(self.slope)
+
     def hermite_coefficients(self, order: int) -> tuple[float, ...]:
         """The coefficients mu_0, .., mu_order of act in the normalised Hermite basis.
 
@@ -61,22 +71,38 @@ class Activation:
 
 @lru_cache(maxsize=1024)
 def _hermite_coefficient(act: Activation, r: int) -> float:
-    from scipy import integrate, special
+    from scipy import special
 
-    normaliser = math.sqrt(2 * math.pi) * math.exp(0.5 * special.gammaln(r + 1))
-
-    def integrand(z: float) -> float:
-        value = float(act.value(torch.tensor(z, dtype=torch.float64)))
-        return value * special.eval_hermitenorm(r, z) * math.exp(-0.5 * z * z) / normaliser
-
+    normaliser = math.exp(0.5 * special.gammaln(r + 1))
     # He_r(z) exp(-z^2 / 2) is below 1e-16 of its peak beyond this range.
     reach = 12.0 + math.sqrt(2.0 * r)
+    coefficient = _normal_mean(
+        lambda z: _at(act.value, z) * special.eval_hermitenorm(r, z) / normaliser, reach
+    )
+    return 0.0 if abs(coefficient) < 1e-12 else coefficient
+
+
+@lru_cache(maxsize=64)
+def _mean_square(function: Callable[[Tensor], Tensor]) -> float:
+    return _normal_mean(lambda z: _at(function, z) ** 2, 12.0)
+
+
+def _normal_mean(function: Callable[[float], float], reach: float) -> float:
+    """E[function(z)], z ~ N(0, 1), by quadrature on each side of the kink, |z| up to `reach`."""
+    from scipy import integrate
+
+    def integrand(z: float) -> float:
+        return function(z) * math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+
     halves = [
         integrate.quad(integrand, low, high, epsabs=1e-13, epsrel=1e-13, limit=200)[0]
         for low, high in ((-reach, 0.0), (0.0, reach))
     ]
-    coefficient = float(np.sum(halves))
-    return 0.0 if abs(coefficient) < 1e-12 else coefficient
+    return float(np.sum(halves))
+
+
+def _at(function: Callable[[Tensor], Tensor], z: float) -> float:
+    return float(function(torch.tensor(z, dtype=torch.float64)))
 
 
 def _step(u: Tensor) -> Tensor:

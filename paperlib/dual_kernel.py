@@ -11,11 +11,6 @@ derivatives belong to the slopes: k'(rho) = E[act'(u) act'(u')], and so on.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import lru_cache
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +18,6 @@ from paperlib.activations import Activation
 
 # Hermite coefficients up to this order; what is beyond matters only between equal inputs.
 ORDER = 24
-
-# Nodes of the quadrature on each side of the kink.
-NODES = 400
 
 
 class DualKernel:
@@ -45,12 +37,16 @@ class DualKernel:
             activation: act.
             lifted: leave out its linear part mu_1 z.
         """
-        moments = _moments(activation.value), _moments(activation.slope)
-        (self.coefficients, self.square), (slopes, self.slope_square) = moments
-        self.coefficients = self.coefficients.clone()
+        self.coefficients = torch.tensor(
+            activation.hermite_coefficients(ORDER), dtype=torch.float64
+        )
+        self.square = activation.mean_square
+        self.slope_square = activation.mean_square_slope
         if lifted:
-            self.square -= float(self.coefficients[1]) ** 2
-            self.slope_square -= float(slopes[0]) ** 2
+            # mu_1 is the mean of the slope, too.
+            linear = float(self.coefficients[1])
+            self.square -= linear**2
+            self.slope_square -= linear**2
             self.coefficients[1] = 0
 
     def __call__(self, rho: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,18 +70,3 @@ def _polynomial(terms: list[float], x: Tensor) -> Tensor:
     for term in reversed(terms):
         total.mul_(x).add_(term)
     return total
-
-
-@lru_cache(maxsize=64)
-def _moments(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
-    """The coefficients of a function in the normalised Hermite basis up to `ORDER`, and E[f^2]."""
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    reach = 12.0 + math.sqrt(2.0 * ORDER)
-    z = np.concatenate([(nodes - 1) / 2, (nodes + 1) / 2]) * reach
-    measure = np.tile(weights, 2) * reach / 2 * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    value = function(torch.from_numpy(z)).numpy()
-    before, basis, found = np.zeros_like(z), np.ones_like(z), []
-    for r in range(ORDER + 1):
-        found.append(float((value * basis * measure).sum()))
-        before, basis = basis, (z * basis - math.sqrt(r) * before) / math.sqrt(r + 1)
-    return torch.tensor(found, dtype=torch.float64), float((value * value * measure).sum())

@@ -20,14 +20,19 @@ features.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from paperlib.conjugate_gradients import conjugate_gradients
 from paperlib.dual_kernel import DualKernel
 from paperlib.feature_map import FeatureMap
-from paperlib.projection import Linearization
+from paperlib.preconditioner import RIDGE, damped
 from paperlib.sphere import to_tangent
+
+if TYPE_CHECKING:
+    from paperlib.projection import Linearization
 
 # From so many multiplications a pass on, fewer passes are worth n x n products.
 WORTHWHILE = 1e8
@@ -38,9 +43,6 @@ INNER_TOLERANCE, MOST_INNER = 1e-2, 200
 # Keeps the damping of a candidate with alpha_i = 0 away from zero, relative to the mean. A larger
 # one holds samples with a tiny |alpha_i| where they are.
 DAMPING_FLOOR = 1e-5
-
-# Relative to the largest: keeps the matrices of equal candidates invertible.
-RIDGE = 1e-8
 
 
 def expectation_pays(model: FeatureMap, n: int) -> bool:
@@ -70,10 +72,8 @@ class ExpectedNormalMatrix:
         scale = model.p / d
         self.alpha = point.alpha
         pairs = self.alpha @ self.alpha.T
-        M = pairs * first * scale
-        D = M.diagonal() + DAMPING_FLOOR * M.diagonal().mean()
-        self.damping = (damping * D)[:, None].to(self.X.dtype)
-        self.M = M + max(damping, RIDGE) * torch.diag(D)
+        self.M, diagonal = damped(pairs * first * scale, damping, floor=DAMPING_FLOOR)
+        self.damping = diagonal[:, None].to(self.X.dtype)
         self.curvature = pairs * second * (scale / d)
         self.coupling = first * scale
         eye = torch.eye(n, dtype=k.dtype, device=k.device)

@@ -13,14 +13,33 @@ Where the weights are random and the work is large, more is known: see
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from paperlib.projection import Linearization
 from paperlib.sphere import to_tangent
+
+if TYPE_CHECKING:
+    from paperlib.projection import Linearization
 
 # Keeps the damping of a candidate with alpha_i = 0 away from zero, relative to the mean.
 DAMPING_FLOOR = 1e-3
+
+# Least mu in what is inverted: M of two equal candidates is singular.
+RIDGE = 1e-8
+
+
+def damped(M: Tensor, mu: float, *, floor: float) -> tuple[Tensor, Tensor]:
+    """M + mu D and the diagonal of mu D, D = diag(M) + floor times its mean.
+
+    Args:
+        M: (n, n), positive semi-definite.
+        mu: damping, at least `RIDGE` in the matrix.
+        floor: relative to the mean of the diagonal.
+    """
+    D = M.diagonal() + floor * M.diagonal().mean()
+    return M + max(mu, RIDGE) * torch.diag(D), mu * D
 
 
 class Preconditioner:
@@ -34,13 +53,10 @@ class Preconditioner:
             damping: mu >= 0.
         """
         M = (point.alpha @ point.alpha.T) * point.slope_gram
-        diagonal = M.diagonal()
-        D = diagonal + DAMPING_FLOOR * diagonal.mean()
-        eye = torch.diag(D)
-        # A little above zero at mu = 0, where M of two equal candidates is singular.
-        factor = torch.linalg.cholesky(M + max(damping, 1e-8) * eye)
+        M, diagonal = damped(M, damping, floor=DAMPING_FLOOR)
+        factor = torch.linalg.cholesky(M)
         self.inverse = torch.cholesky_inverse(factor).to(point.X.dtype)
-        self.damping = (damping * D)[:, None].to(point.X.dtype)
+        self.damping = diagonal[:, None].to(point.X.dtype)
         self.point = point
 
     def apply(

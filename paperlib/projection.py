@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
+from paperlib.expected_normal_matrix import expectation_pays
 from paperlib.feature_map import FeatureMap
 from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
@@ -91,7 +92,8 @@ class Linearization:
         alpha: (n, C) coefficients, float64.
         loss: L, a float.
         gradient: -(1/2) ||Theta||^2 dL/dX = J_i^T E^T alpha_i, (n, d).
-        slope_gram: tr(J_i^T J_j) / d, (n, n) float64.
+        slope_gram: tr(J_i^T J_j) / d, (n, n) float64; zeros where the preconditioner takes its
+            expectation instead.
         gram_inverse: (Phi P_perp(V) Phi^T)^-1, (n, n) float64.
         residual: E, (C, p).
     """
@@ -139,6 +141,7 @@ class Linearization:
         gram, rhs, slope_gram = new(n, n), new(n, C), new(n, n)
         cross = LongSum(n, model.d, device=self.X.device) if lift else None
         exact = torch.float64 if self.dtype != torch.bfloat16 else torch.float32
+        measured = curvature and not expectation_pays(model, n)
         self._kept = KeptActivations(model, n, self.keep)
         for block in model.blocks(dtype=self.dtype):
             inputs = block.inputs(self.X)
@@ -151,7 +154,7 @@ class Linearization:
             wide = features.to(exact)
             gram += wide @ wide.T
             rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
-            if curvature:
+            if measured:
                 slope_gram += block.slope_gram(state)
             self._kept.put(block, inputs, features, state)
         self.passes += 2 if lift else 1
