@@ -5,9 +5,9 @@ The second moment of the parameters, or of what candidates leave unexplained of 
     M_c = (d / p) sum_k (E_ck - mean(E_c)) v_k v_k^T    (one matrix for each output c),
 
 has eigenvalues beyond the edge of a random matrix's spectrum where samples are missing or not yet
-sharp (`spectral_start.py`). Their eigenvectors are found by a Chebyshev filter on sum_c M_c^2,
-which is at most one below the edge and grows exponentially beyond it (Zhou and Saad 2007), and the
-method of Rayleigh and Ritz: products of V with a few dozen rows in place of d.
+sharp (`spectral_start.py`). Their eigenvectors, those of sum_c M_c^2 where there are several
+outputs, come of a block Krylov space with the method of Rayleigh and Ritz (Golub and Underwood
+1977): products of V with a few dozen rows in place of d.
 """
 
 from __future__ import annotations
@@ -16,37 +16,38 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.weight_gram import WeightGram
+from paperlib.long_sum import LongSum
 
-# Degree of the filter in sum_c M_c^2: with one output, twice that in M.
-DEGREE = 4
-
-# An eigenvalue counts as outlying this far beyond the edge, relatively (in M, not in its square).
+# An eigenvalue of M counts as outlying this far beyond the edge, relatively.
 BEYOND = 1.025
 
-# Rows that are filtered at once, at first; doubled while all of them turn out to be outlying.
-ROWS = 48
+# How often a block is multiplied by an M, and how many rows it has at least. Few rows waste the
+# products with V, which take as long for 16 as for 8; few products miss what is near the edge.
+PRODUCTS = 8
+LEAST_ROWS = 16
+
+# So many directions of the Krylov space for each that may be asked for.
+ROOM = 2
 
 
 class SecondMoment:
-    """sum_c M_c^2 as an operator on rows.
+    """M of one output, or sum_c M_c^2 of several, as an operator on rows.
 
     Attributes:
-        edge: where the spectrum of pure noise would end.
+        edge: where the absolute eigenvalues of M, or the singular values of all M_c side by side,
+            would end if Y were noise.
         passes: readings of V so far.
     """
 
-    def __init__(self, model: FeatureMap, Y: Tensor, gram: WeightGram, *, dtype: torch.dtype):
-        """Take the means and the scale of the noise.
+    def __init__(self, model: FeatureMap, Y: Tensor, *, dtype: torch.dtype):
+        """Take the means out, and the scale of the noise.
 
         Args:
             model: features with weights V.
             Y: (C, p) parameters, or residuals, without their part in the span of V.
-            gram: V^T V.
             dtype: of the products with V.
         """
-        self.model, self.Y, self.dtype, self.passes = model, Y, dtype, 0
-        self.gram = gram.gram.to(Y.dtype)
+        self.model, self.dtype, self.passes = model, dtype, 0
         C = len(Y)
         sums = torch.zeros(2, C, dtype=torch.float64, device=Y.device)
         for block in model.blocks(dtype=dtype):
@@ -54,43 +55,45 @@ class SecondMoment:
             sums += torch.stack([part.sum(1), part.square().sum(1)])
         model.sum_over_processes([sums])
         mean, square = sums / model.p
-        self.mean = mean.to(Y.dtype)
+        self.centred = Y - mean.to(Y.dtype)[:, None]
         variance = float((square - mean.square()).mean().clamp(min=0)) * model.d / model.p
-        # Marchenko and Pastur's edge for C matrices side by side; 4 times the variance for one.
-        self.edge = C * variance * (1 + C**-0.5) ** 2
-
-    def of_outputs(self, Q: Tensor) -> Tensor:
-        """The rows of Q times each M_c: (C, q, d) for Q of shape (q, d)."""
-        C, (q, d) = len(self.Y), Q.shape
-        total = torch.zeros(C * q, d, dtype=torch.float64, device=Q.device)
-        for block in self.model.blocks(dtype=self.dtype):
-            U = block.project(Q)
-            weights = self.Y[:, None, block.start : block.stop].to(U.dtype)
-            total += block.combine((weights * U).flatten(0, 1))
-        return self._centred(total.view(C, q, d), self.mean[:, None, None] * Q)
+        # Marchenko and Pastur's edge for C matrices side by side; 2 standard deviations for one.
+        self.edge = (C * variance) ** 0.5 * (1 + C**-0.5)
 
     def __call__(self, Q: Tensor) -> Tensor:
-        """Q sum_c M_c^2, (q, d)."""
-        C, (q, d) = len(self.Y), Q.shape
-        inner = self.of_outputs(Q)
-        total = torch.zeros(q, d, dtype=torch.float64, device=Q.device)
-        for block in self.model.blocks(dtype=self.dtype):
-            U = block.project(inner.flatten(0, 1)).view(C, q, -1)
-            weights = self.Y[:, None, block.start : block.stop].to(U.dtype)
-            total += block.combine((weights * U).sum(0))
-        return self._centred(total, torch.einsum("c,cqd->qd", self.mean, inner))
+        """Q M, or Q sum_c M_c^2: (q, d) for Q of shape (q, d)."""
+        C, q = len(self.centred), len(Q)
+        images = self._product(Q.expand(C, *Q.shape))
+        if C == 1:
+            return images[0]
+        return self._product(images).sum(0).view(q, -1)
 
-    def _centred(self, total: Tensor, meant: Tensor) -> Tensor:
-        """What the mean of Y contributes, taken out; in the dtype of Y."""
+    def singular_values(self, eigenvalues: Tensor) -> Tensor:
+        """Of all M_c side by side, from the eigenvalues of the operator."""
+        one = len(self.centred) == 1
+        return eigenvalues.abs() if one else eigenvalues.clamp(min=0).sqrt()
+
+    def _product(self, Q: Tensor) -> Tensor:
+        """Q_c M_c for each output: (C, q, d)."""
+        C, q, d = Q.shape
+        # The same rows for all outputs go through V once.
+        shared = C > 1 and Q.stride(0) == 0
+        rows = Q[0] if shared else Q.flatten(0, 1)
+        total = LongSum(C * q, d, device=Q.device)
+        for block in self.model.blocks(dtype=self.dtype):
+            U = block.project(rows)
+            U = U if shared else U.view(C, q, -1)
+            weighted = self.centred[:, None, block.start : block.stop].to(U.dtype) * U
+            total.add(block.combine(weighted.flatten(0, 1)), block.stop - block.start)
         self.passes += 2
-        self.model.sum_over_processes([total])
-        return (total.to(meant.dtype) - meant @ self.gram) * (self.model.d / self.model.p)
+        product = total.total
+        self.model.sum_over_processes([product])
+        return (product * (self.model.d / self.model.p)).to(Q.dtype).view(C, q, d)
 
 
 def outlying_directions(
     model: FeatureMap,
     Y: Tensor,
-    gram: WeightGram,
     *,
     most: int,
     dtype: torch.dtype,
@@ -101,31 +104,56 @@ def outlying_directions(
     Args:
         model: features with weights V.
         Y: (C, p) without its part in the span of V.
-        gram: V^T V.
         most: at most so many.
         dtype: of the products with V.
-        generator: source of the rows that are filtered.
+        generator: source of the rows that the Krylov space begins with.
 
     Returns:
         Unit vectors (k, d), 1 <= k <= most: one even if none is outlying. And how often V was read.
     """
-    moment = SecondMoment(model, Y, gram, dtype=dtype)
-    most = min(most, model.d)
-    rows = min(ROWS, most)
-    while True:
-        Q = torch.randn(rows, model.d, generator=generator).to(Y)
-        Q = torch.linalg.qr(Q.T)[0].T
-        previous, filtered = Q, 2 / moment.edge * moment(Q) - Q
-        for _ in range(DEGREE - 1):
-            # Chebyshev's recurrence, with the spectrum of the noise mapped to [-1, 1].
-            following = 2 * (2 / moment.edge * moment(filtered) - filtered) - previous
-            previous, filtered = filtered, following
-        Q = torch.linalg.qr(filtered.double().T)[0].T.to(Y)
-        image = moment.of_outputs(Q).double()
-        values, mixing = torch.linalg.eigh(torch.einsum("cid,cjd->ij", image, image))
-        outlying = int((values > BEYOND**2 * moment.edge).sum())
-        if outlying < rows or rows == most:
-            break
-        rows = min(2 * rows, most)
-    strongest = mixing[:, -max(outlying, 1) :].flip(1)
-    return strongest.T.to(Y) @ Q, moment.passes
+    moment = SecondMoment(model, Y, dtype=dtype)
+    products = PRODUCTS if len(Y) == 1 else PRODUCTS // 2
+    rows = max(LEAST_ROWS, -(-ROOM * most // products))
+    if rows * products >= model.d:
+        rows, products = model.d, 1  # all directions at once
+    basis, images = krylov_space(moment, model.d, rows, products, generator=generator, like=Y)
+    values, mixing = torch.linalg.eigh(0.5 * (basis @ images.T + images @ basis.T))
+    strengths = moment.singular_values(values)
+    order = strengths.argsort(descending=True)
+    outlying = int((strengths > BEYOND * moment.edge).sum())
+    strongest = mixing[:, order[: min(max(outlying, 1), most)]]
+    return (strongest.T @ basis).to(Y), moment.passes
+
+
+def krylov_space(
+    operator: SecondMoment,
+    d: int,
+    rows: int,
+    products: int,
+    *,
+    generator: torch.Generator,
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows of a random block and its images, (rows * products, d) float64.
+
+    Args:
+        operator: symmetric, on rows (q, d).
+        d: dimension.
+        rows: of a block.
+        products: how many blocks.
+        generator: source of the first block.
+        like: whose dtype and device the operator takes.
+
+    Returns:
+        The rows and their images under the operator.
+    """
+    fresh = torch.randn(rows, d, generator=generator, dtype=torch.float64).to(like.device)
+    basis = images = fresh.new_zeros(0, d)
+    for _ in range(products):
+        # Twice is enough (Kahan and Parlett), also where a block adds nothing but rounding.
+        for _ in range(2):
+            fresh = torch.linalg.qr((fresh - (fresh @ basis.T) @ basis).T).Q.T
+        image = operator(fresh.to(like)).double()
+        basis, images = torch.cat([basis, fresh]), torch.cat([images, image])
+        fresh = image
+    return basis, images

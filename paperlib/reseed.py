@@ -13,11 +13,9 @@ from torch import Tensor
 
 from paperlib.elimination import least_useful
 from paperlib.feature_map import FeatureMap
+from paperlib.outlying_directions import outlying_directions
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere, to_sphere
-
-SUBSPACE = 8
-ITERATIONS = 30
 
 
 def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> Tensor:
@@ -27,7 +25,7 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
 
     Args:
         point: the loss at the candidates.
-        generator: source of the random subspace.
+        generator: source of the random start.
     """
     model, X = point.model, point.X
     worst = least_useful(point.gram, point.gram_inverse, point.alpha)[0]
@@ -46,39 +44,22 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
 def spectral_direction(
     model: FeatureMap, residual: Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    """The outlying eigenvector of sum_k e_k v_k v_k^T on the sphere, (1, d), up to sign.
-
-    Subspace iteration: each step is one product with V and one with its transpose, on 8 vectors.
+    """Where on the sphere a single sample that a residual tells of would lie, (1, d), up to sign.
 
     Args:
         model: a feature map with weights V.
-        residual: (C, p); e is its leading direction across the outputs.
-        generator: source of the first subspace.
+        residual: (C, p). One sample adds the same features to all outputs, in proportion to its
+            alpha: its leading direction across the outputs is taken.
+        generator: source of the random start.
     """
     outer = torch.zeros(len(residual), len(residual), dtype=torch.float64, device=residual.device)
     for block in model.blocks():
         part = residual[:, block.start : block.stop].double()
         outer += part @ part.T
     model.sum_over_processes([outer])
-    strengths, mixes = torch.linalg.eigh(outer)
-    e = (mixes[:, -1] / strengths[-1].sqrt()).to(residual.dtype) @ residual
-    count = min(SUBSPACE, model.d)
-    Q = random_on_sphere(count, model.d, generator=generator).to(residual)
-    mean = torch.zeros((), dtype=torch.float64, device=residual.device)
-    for step in range(ITERATIONS):
-        Q = torch.linalg.qr(Q.T).Q.T
-        MQ = torch.zeros_like(Q)
-        for block in model.blocks():
-            V, part = block.weights, e[block.start : block.stop]
-            MQ += ((Q @ V.T) * part) @ V
-            if step == 0:
-                mean += (part.double() @ V.double().square().sum(1)) / model.d
-        model.sum_over_processes([MQ] + ([mean] if step == 0 else []))
-        MQ -= mean.to(Q.dtype) * Q
-        small = Q @ MQ.T
-        Q = MQ
-    values, vectors = torch.linalg.eigh(0.5 * (small + small.T).double())
-    top = vectors[:, values.abs().argmax()]
-    # Ritz vector in the subspace after the last product, whose rows are M Q.
-    direction = (top / values[values.abs().argmax()]).to(MQ.dtype) @ MQ
-    return to_sphere(direction[None])
+    mixes = torch.linalg.eigh(outer).eigenvectors
+    leading = mixes[:, -1:].T.to(residual.dtype) @ residual
+    direction, _ = outlying_directions(
+        model, leading, most=1, dtype=model.dtype, generator=generator
+    )
+    return to_sphere(direction)

@@ -27,7 +27,6 @@ from paperlib.outlying_directions import outlying_directions
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere, to_sphere
 from paperlib.subspace import SubspaceFeatures
-from paperlib.weight_gram import WeightGram
 
 # Features in a search, for each number that it looks for (k a candidate), and at least.
 FEATURES_PER_NUMBER = 5
@@ -104,7 +103,6 @@ class SubspaceSearch:
         self.model, self.theta, self.n, self.lift = model, theta, n, lift
         self.candidates, self.dtype = candidates, dtype
         self.forcing, self.generator = forcing, generator
-        self.gram = lift.weight_gram if lift else WeightGram(model, dtype=dtype)
         self.passes = 0
 
     def first(self) -> Tensor:
@@ -134,7 +132,6 @@ class SubspaceSearch:
         directions, passes = outlying_directions(
             self.model,
             Y,
-            self.gram,
             most=2 * self.n,
             dtype=self.dtype,
             generator=self.generator,

@@ -465,9 +465,7 @@ def test_spectral_start_finds_the_direction_of_a_single_hidden_sample(alpha):
     assert abs(float(found @ x.T)) / d > 0.95
 
     # It is the leading eigenvector of the centred second moment.
-    e = residual[0] / residual.norm()
-    moment = (model.V.T * e) @ model.V
-    mean = (e * model.V.square().sum(1)).sum() / d
-    values, vectors = torch.linalg.eigh(moment - mean * torch.eye(d, dtype=torch.float64))
+    moment = (model.V.T * (residual[0] - residual.mean())) @ model.V
+    values, vectors = torch.linalg.eigh(moment)
     leading = vectors[:, values.abs().argmax()]
     assert abs(float(found[0] @ leading)) / math.sqrt(d) > 0.999
