@@ -59,12 +59,20 @@ class Int8Rows:
 
     def project(self, A: Tensor) -> Tensor:
         """A V^T, (m, h), for A of shape (m, d)."""
-        values, scale = rounded(A)
-        return multiply(values, self.values.T).mul_(scale).mul_(self.scale)
+        A = Int8Rows.of(A)
+        return self.whole_project(A).mul_(A.scale[:, None]).mul_(self.scale)
 
     def combine(self, W: Tensor) -> Tensor:
         """W V, (m, d), for W of shape (m, h)."""
-        values, scale = rounded(W * self.scale)
+        return self.whole_combine(W * self.scale)
+
+    def whole_project(self, A: Int8Rows) -> Tensor:
+        """A V^T, (m, h), of the whole numbers: without the scales of the rows of either."""
+        return multiply(A.values, self.values.T)
+
+    def whole_combine(self, W: Tensor) -> Tensor:
+        """W V, (m, d), of the whole numbers of V: its scales are in W (m, h) already."""
+        values, scale = rounded(W)
         return multiply(values, self.values).mul_(scale)
 
 
@@ -72,7 +80,7 @@ def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers q, int8 of the shape of A, and scales s, (m, 1), with A = s q to rounding."""
     largest = A.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1) / LARGEST
-    return (A / scale).round_().to(torch.int8), scale
+    return torch.div(A, scale).round_().to(torch.int8), scale
 
 
 def multiply(A: Tensor, B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
 from paperlib.long_sum import LongSum
 from paperlib.memory import NOTHING, PRODUCTS
+from paperlib.normal_product import NormalProduct
 from paperlib.precision import arithmetic
 
 # Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
@@ -191,9 +192,11 @@ class Linearization:
             residual[:, part] = E
             square[0] += E.double().square().sum()
             square[1] += self.theta[:, part].double().square().sum()
-            gradient.add(block.vjp(state, alpha @ E), block.stop - block.start)
+            # With one output, alpha is left for the end.
+            weights = E.expand(len(alpha), -1) if len(E) == 1 else alpha @ E
+            gradient.add(block.vjp(state, weights), block.stop - block.start)
         self.passes += 1 if self.keep != NOTHING else 2
-        gradient = gradient.total
+        gradient = gradient.total * self.alpha if len(self.theta) == 1 else gradient.total
         model.sum_over_processes([gradient, square])
         if curvature:
             self._kept.lower(self.curvature_dtype)
@@ -222,27 +225,20 @@ class Linearization:
             dw: (C, d) step of the linear part, None without a lift.
         """
         n, dtype = len(self.X), arithmetic(self.curvature_dtype)
-        alpha = self.alpha.to(dtype)
-        low = dX.to(dtype)
-        stacked = low if dw is None else torch.cat([low, dw.to(dtype)])
-        HX = torch.zeros_like(stacked, dtype=dX.dtype)
-        Ha = torch.zeros_like(da)
-        da_low = da.to(dtype)
-        for block in self.model.blocks(dtype=self.curvature_dtype):
-            features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
-            if dw is None:
+        blocks = self.model.blocks(dtype=self.curvature_dtype)
+        opened = ((b, *self._kept.open(b, self.X, lifted=self.lift is not None)) for b in blocks)
+        if hasattr(self.model, "weight_blocks"):
+            product = NormalProduct(self.alpha, dX, da, dw, dtype=dtype)
+            for block, features, state in opened:
+                product.add(block, features, state)
+            HX, Ha = product.total
+        else:
+            alpha, low, da_low = self.alpha.to(dtype), dX.to(dtype), da.to(dtype)
+            HX, Ha = torch.zeros_like(dX), torch.zeros_like(da)
+            for block, features, state in opened:
                 T = alpha.T @ block.jvp(state, low) + da_low.T @ features
                 HX += block.vjp(state, alpha @ T)
-            else:
-                # The rows of dw ride along with those of dX, so that V is read once for both; and
-                # one buffer holds what goes through V and what comes back.
-                U = block.project(stacked)
-                T = alpha.T @ U[:n].mul_(state) + da_low.T @ features + U[n:]
-                torch.mm(alpha, T, out=U[:n])
-                U[:n].mul_(state)
-                U[n:] = T
-                HX += block.combine(U)
-            Ha += (features @ T.T).to(da.dtype)
+                Ha += (features @ T.T).to(da.dtype)
         self.passes += self.product_passes
         self.model.sum_over_processes([HX, Ha])
         return HX[:n], Ha, (None if dw is None else HX[n:])

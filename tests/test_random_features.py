@@ -174,6 +174,19 @@ def test_products_do_not_depend_on_the_block_height(dtype):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 7, 8, 20, 63, 64])
+def test_inputs_are_those_of_v_for_any_number_of_rows(rows, dtype):
+    # A few rows through a wide V take another way through the processor.
+    model = RandomFeatures(600, 1500, dtype=dtype, block_rows=1024)
+    A = normal(rows, 600).to(dtype)
+    for block in model.blocks():
+        found = block.project(A)
+        assert found.is_contiguous() and found.dtype == dtype
+        expected = A.double() @ block.weights.double().T
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_describe_builds_the_same_model():
     model = RandomFeatures(D, P, "relu+tanh", seed=5, dtype=torch.float64)
     about = model.describe()
