@@ -27,6 +27,10 @@ from paperlib.signs import settle_signs
 # A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
 PROMISING = 1e-3
 
+# Signs are settled once the lifted loss is this share of the tolerance: the unlifted one, which
+# takes fewer passes, is minimised to the end.
+SHARP = 0.1
+
 # The least useful candidate is moved again and again while each move gains at least this factor.
 RESEED_GAIN = 0.8
 
@@ -138,8 +142,8 @@ class Stages:
         # Signs of samples with a small |alpha| need directions that are exact; a lift in
         # bfloat16 cannot give them, and the reseeding below has to find such samples.
         if not brief and self.lift.dtype != torch.bfloat16:
-            floor = FLOOR[self.model.dtype]
-            X = self._descend("refine", X, restart, floor, lifted=True, exact=True).X
+            target = max(FLOOR[self.model.dtype], SHARP * self.tolerance)
+            X = self._descend("refine", X, restart, target, lifted=True, exact=True).X
         return self._settle(X, restart, brief=brief)
 
     def _settle(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
