@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.elimination import eliminate
+from paperlib.elimination import eliminate, removal_costs
 from paperlib.message_passing import MessagePassing
 from paperlib.precision import SETTLED
 from paperlib.projection import Linearization
@@ -68,8 +68,39 @@ class Attempts(Stages):
         elimination = eliminate(bulk, self.n)
         self.eliminated = elimination.losses
         X = bulk.X[elimination.kept]
+        if bulk.loss <= SETTLED[self.bulk] and len(bulk.X) > self.n:
+            X = self._thinned(bulk, X, restart)
         point = self._finish(X, restart, brief=bulk.loss > PROMISING)
         return self._concluded(point, restart)
+
+    def _thinned(self, bulk: Linearization, X: Tensor, restart: int) -> Tensor:
+        """N of the candidates that explain theta as all of them do; X (n, d) where none are found.
+
+        X is what elimination leaves. Where several candidates share a sample, it takes a sample
+        with a tiny |alpha| for less than one of them, since it does not let the others move. Then
+        one candidate after another is taken out, and put back if the others cannot replace it.
+        """
+        point = self._explaining(X, restart)
+        if point is not None:
+            return point.X
+        left = bulk
+        while len(left.X) > self.n:
+            costs = removal_costs(left.gram_inverse, left.alpha)
+            for j in costs.argsort()[: self.n].tolist():
+                point = self._explaining(torch.cat([left.X[:j], left.X[j + 1 :]]), restart)
+                if point is not None:
+                    break
+            else:
+                return X
+            left = point
+        return left.X
+
+    def _explaining(self, X: Tensor, restart: int) -> Linearization | None:
+        """Candidates near X that explain theta, to the accuracy of the bulk stage, if any."""
+        target = SETTLED[self.bulk]
+        quick = {"stall_steps": PATIENCE, "stall_ratio": HALVED}
+        point = self._descend("eliminate", X, restart, target, lifted=True, exact=False, **quick)
+        return point if point.loss <= target else None
 
     def _concluded(self, point: Linearization, restart: int, previous: float = math.inf) -> Attempt:
         """The outcome, after second chances for a sample that was missed."""
@@ -179,7 +210,7 @@ class Attempts(Stages):
         trial = state["fallback"]
         if stage == "bulk" and searched:
             return self._attempt_in_subspaces(restart, X, trial)
-        if stage == "bulk":
+        if stage in ("bulk", "eliminate"):
             return self._attempt(X, restart)
         signed = stage == "finish"
         point = self._descend_unlifted(X, restart) if signed else self._finish(X, restart)

@@ -1,7 +1,8 @@
 """The default solver: Levenberg-Marquardt in stages, from random candidates to signed samples.
 
 1. bulk: more candidates than samples, linear part lifted, fast arithmetic;
-2. eliminate: backward elimination down to n, then refine, still lifted;
+2. eliminate: backward elimination down to n, the others moving where they have to, then refine,
+   still lifted;
 3. signs: settled by one regression on both signs of each candidate;
 4. finish: the unlifted loss, evaluated in the model's own dtype.
 
@@ -164,9 +165,13 @@ class SecondOrderSolver(Attempts):
         for restart in range(begun["restart"], self.restarts):
             best = self.best
             kept = None if best is None or self.stuck else best.X
-            messages = self.always_messages or (self.messages and restart % 2 == 1)
-            if messages and best is not None and best.loss > PROMISING:
-                kept = None  # the best is resumed only where little is missing
+            promising = best is not None and best.loss <= PROMISING
+            messages = self.always_messages
+            if self.messages and restart % 2 == 1:
+                # Where little is missing, more candidates beside the best come first.
+                messages = messages or self.stuck or not promising
+            if messages and not promising:
+                kept = None
             searched = self.searches and not messages and (restart == 0 or self.always_searches)
             if searched:
                 kept = None

@@ -1,3 +1,5 @@
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
@@ -306,6 +308,17 @@ class _StoredCifar:
         self.calls.append({"root": str(root), "train": train, "download": download})
         self.data = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
         self.targets = [i % 10 for i in range(40)]
+
+
+def test_cifar10_without_a_network_says_where_it_may_be_put(tmp_path, monkeypatch):
+    def no_network(folder, *, train, download):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("PAPERLIB_CIFAR10", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"(?s)not known.*PAPERLIB_CIFAR10"):
+        cifar10(4)
 
 
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_the_record_tells_what_was_done():
     assert len(seen) == len(frame)
     # The passes of reseeding and of settling signs belong to no stage.
     assert found.passes >= sum(stage["passes"] for stage in found.stages) > 0
-    assert [stage["stage"] for stage in found.stages[:3]] == ["lift", "bulk", "refine"]
+    assert [stage["stage"] for stage in found.stages[:3]] == ["lift", "bulk", "eliminate"]
     assert found.stages[-1]["stage"] == "finish"
     assert found.stages[-1]["dtype"] == "float32"
     assert all(stage["ended"] for stage in found.stages)

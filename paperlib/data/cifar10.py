@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def cifar10(
 
     Raises:
         FileNotFoundError: when the folder holds neither layout; the message says what was looked
-            for.
+            for. Without a folder, when there is no network to download it from.
         ValueError: for n below 1 or above what there is, or an unknown class.
     """
     if split not in ("train", "test"):
@@ -97,7 +98,13 @@ def cifar10(
     # Imported here: these libraries take seconds to load, in every process of a sweep.
     import torchvision
 
-    stored = torchvision.datasets.CIFAR10(folder, train=split == "train", download=download)
+    try:
+        stored = torchvision.datasets.CIFAR10(folder, train=split == "train", download=download)
+    except URLError as error:
+        raise FileNotFoundError(
+            f"no CIFAR-10 at {folder}, and it cannot be downloaded ({error.reason}): give a folder "
+            f"that holds it as root, or in the environment variable {ROOT_VARIABLE}"
+        ) from None
     targets = np.asarray(stored.targets)
 
     def member(name: str) -> tuple[Item, ...]:

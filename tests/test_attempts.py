@@ -1,0 +1,68 @@
+"""Taking superfluous candidates out where several share a sample."""
+
+import pytest
+import torch
+
+from paperlib import RandomFeatures, sphere
+from paperlib.elimination import eliminate
+from paperlib.progress import Progress
+from paperlib.second_order import SecondOrderSolver
+from paperlib.sphere import to_sphere
+
+N, D = 4, 20
+
+
+def attempts(*, tiny, seed):
+    """A solver, and the data of which the last sample has the coefficient `tiny`."""
+    X = sphere(N, D, seed, dtype=torch.float64).X
+    model = RandomFeatures(D, 20 * D * N, "relu", seed=seed, dtype=torch.float64)
+    alpha = torch.tensor([[1.0, 1.0, 1.0, tiny]], dtype=torch.float64)
+    solver = SecondOrderSolver(
+        model,
+        alpha @ model.features(X),
+        N,
+        seed=0,
+        restarts=1,
+        start="auto",
+        max_steps=100,
+        tolerance=1e-10,
+        oversampling=1.4,
+        lift=True,
+        bulk="auto",
+        keep="auto",
+        forcing=0.2,
+        progress=Progress(False),
+    )
+    return solver, X
+
+
+def shared(X, *, seed):
+    """The samples, the first of them twice, each time a little beside it."""
+    generator = torch.Generator().manual_seed(70 + seed)
+    aside = 0.03 * torch.randn(1, D, generator=generator, dtype=torch.float64)
+    return to_sphere(torch.cat([X[:1] + aside, X[:1] - aside, X[1:]]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tiny", [1e-2, 1e-3])
+def test_a_sample_with_a_tiny_coefficient_outlasts_candidates_that_share_one(tiny, seed):
+    solver, X = attempts(tiny=tiny, seed=seed)
+    point = solver._evaluate(shared(X, seed=seed), lifted=True, exact=False)
+    plain = eliminate(point, N).kept
+    assert plain.tolist() == [0, 1, 2, 3]  # the tiny one is gone: this is the case
+    found = solver._thinned(point, point.X[plain], 0)
+    assert found.shape == (N, D)
+    cosines = (found @ X.T / D).abs().amax(0)
+    assert cosines.min() > 0.99, cosines
+    assert solver._evaluate(found, lifted=True, exact=True).loss < 1e-8
+    assert {stage["stage"] for stage in solver.stages} == {"lift", "eliminate"}
+
+
+def test_what_elimination_leaves_is_kept_where_nothing_explains_the_parameters():
+    solver, X = attempts(tiny=1.0, seed=0)
+    candidates = shared(X, seed=0)[:-1]  # one sample is missing altogether
+    extra = sphere(2, D, 9, dtype=torch.float64).X
+    solver.max_steps = 2
+    point = solver._evaluate(torch.cat([candidates, extra]), lifted=True, exact=False)
+    plain = point.X[eliminate(point, N).kept]
+    assert torch.equal(solver._thinned(point, plain, 0), plain)
