@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from paperlib.elimination import eliminate, removal_costs
+from paperlib.identifiability import numbers_per_unknown
 from paperlib.message_passing import MessagePassing
 from paperlib.precision import SETTLED
 from paperlib.projection import Linearization
@@ -29,6 +30,9 @@ ITERATIONS = 600
 # when this many have not lowered the best loss by a tenth.
 SHORT, HALVED = 2, 0.5
 PATIENCE, MOST_ROUNDS = 3, 25
+
+# From so many numbers per unknown of all candidates on, those that explain theta hold all samples.
+TOLD = 1.5
 
 
 @dataclass
@@ -68,7 +72,9 @@ class Attempts(Stages):
         elimination = eliminate(bulk, self.n)
         self.eliminated = elimination.losses
         X = bulk.X[elimination.kept]
-        if bulk.loss <= SETTLED[self.bulk] and len(bulk.X) > self.n:
+        # With few numbers for each of theirs, candidates explain theta without being samples.
+        told = numbers_per_unknown(self.model, self.theta, len(bulk.X)) >= TOLD
+        if told and bulk.loss <= SETTLED[self.bulk] and len(bulk.X) > self.n:
             X = self._thinned(bulk, X, restart)
         point = self._finish(X, restart, brief=bulk.loss > PROMISING)
         return self._concluded(point, restart)
