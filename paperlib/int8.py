@@ -80,7 +80,7 @@ def rounded(A: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers q, int8 of the shape of A, and scales s, (m, 1), with A = s q to rounding."""
     largest = A.abs().amax(1, keepdim=True)
     scale = torch.where(largest > 0, largest, 1) / LARGEST
-    return torch.div(A, scale).round_().to(torch.int8), scale
+    return (A / scale).round_().to(torch.int8), scale
 
 
 def multiply(A: Tensor, B: Tensor) -> Tensor:

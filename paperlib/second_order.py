@@ -166,10 +166,9 @@ class SecondOrderSolver(Attempts):
             best = self.best
             kept = None if best is None or self.stuck else best.X
             promising = best is not None and best.loss <= PROMISING
-            messages = self.always_messages
-            if self.messages and restart % 2 == 1:
-                # Where little is missing, more candidates beside the best come first.
-                messages = messages or self.stuck or not promising
+            # Where little is missing, more candidates beside the best come before messages.
+            sent = self.messages and restart % 2 == 1 and (self.stuck or not promising)
+            messages = self.always_messages or sent
             if messages and not promising:
                 kept = None
             searched = self.searches and not messages and (restart == 0 or self.always_searches)

@@ -165,7 +165,8 @@ def test_products_in_fewer_bits_are_those_of_float32_to_their_rounding(keep, lif
         if theirs is not None
     ]
     assert max(errors) < rounding
-    assert errors[0] > 1e-6  # of the candidates: twice through V
+    # Without a lift, what changes alpha is nearly all features, which are not rounded again.
+    assert min(errors if lift else errors[:1]) > 1e-6
     if low == torch.int8:
         return  # for products only
     whole = point(keep, dtype=low, **problem)
