@@ -54,7 +54,7 @@ def main() -> None:
         "n": options.samples,
         "d": options.dimension,
         "p": p,
-        "weight_megabytes": model.rows_held * options.dimension * 4 / 1e6,
+        "weight_megabytes": model.features_held * options.dimension * 4 / 1e6,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "passes": found.passes,
         "seconds": found.seconds,

@@ -97,6 +97,16 @@ class FeatureMap(ABC):
     rounds_to_int8: bool = False
     gaussian_weights: bool = False
 
+    @property
+    def held(self) -> slice:
+        """Which of the p features this process holds: the columns of its blocks."""
+        return slice(0, self.p)
+
+    @property
+    def features_held(self) -> int:
+        """How many of the p features this process holds."""
+        return self.held.stop - self.held.start
+
     @abstractmethod
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """The blocks that this process holds, in order, computing in `dtype` (default: own)."""

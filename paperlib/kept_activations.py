@@ -29,8 +29,7 @@ class KeptActivations:
             keep: "features and slopes", "inputs" or "nothing".
         """
         self.keep, self.n = keep, n
-        self.held = getattr(model, "rows_held", model.p)
-        self.first = 0
+        self.first, self.width = model.held.start, model.features_held
         self.arrays: list[Tensor] = []
         self.parts: dict[int, tuple[Tensor, Any]] = {}
 
@@ -43,8 +42,7 @@ class KeptActivations:
             return
         found = [inputs] if self.keep == INPUTS else [features, state]
         if not self.arrays:
-            self.first = block.start
-            self.arrays = [part.new_empty(self.n, self.held) for part in found]
+            self.arrays = [part.new_empty(self.n, self.width) for part in found]
         for array, part in zip(self._cut(block), found, strict=True):
             array.copy_(part)
 

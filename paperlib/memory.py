@@ -55,7 +55,7 @@ def resident_formats(model: FeatureMap, formats: Iterable[torch.dtype]) -> dict[
         return {}
     free, found = free_bytes(model.device), {}
     for dtype in dict.fromkeys(formats):
-        size = 0 if model.holds(dtype) else bytes_of(dtype, model.rows_held, model.d)
+        size = 0 if model.holds(dtype) else bytes_of(dtype, model.features_held, model.d)
         if model.keeps(dtype, free=free):
             found[dtype] = size
             free -= size
@@ -70,7 +70,7 @@ def make_room(model: FeatureMap, formats: Formats) -> None:
     if getattr(model, "placement", "resident") != "auto" or model.dtype in formats:
         return
     if model.holds(model.dtype) and len(resident_formats(model, formats)) < len(set(formats)):
-        held = bytes_of(model.dtype, model.rows_held, model.d)
+        held = bytes_of(model.dtype, model.features_held, model.d)
         free = free_bytes(model.device) + held
         if all(model.keeps(dtype, free=free) for dtype in formats):
             model.release(model.dtype)
@@ -132,7 +132,7 @@ def predicted_bytes(
         keep: what stays of the activations between passes, see `Linearization`.
         messages: whether starts may be made by message passing, in turn with descents.
     """
-    held = getattr(model, "rows_held", model.p)
+    held = model.features_held
     n = candidates if n is None else n
     activations = activation_bytes(candidates, n, held, keep, model.dtype, formats)
     parts = {

@@ -48,11 +48,8 @@ class SecondMoment:
             dtype: of the products with V.
         """
         self.model, self.dtype, self.passes = model, dtype, 0
-        C = len(Y)
-        sums = torch.zeros(2, C, dtype=torch.float64, device=Y.device)
-        for block in model.blocks(dtype=dtype):
-            part = Y[:, block.start : block.stop].double()
-            sums += torch.stack([part.sum(1), part.square().sum(1)])
+        C, held = len(Y), Y[:, model.held].double()
+        sums = torch.stack([held.sum(1), held.square().sum(1)])
         model.sum_over_processes([sums])
         mean, square = sums / model.p
         self.centred = Y - mean.to(Y.dtype)[:, None]

@@ -135,9 +135,9 @@ class RandomFeatures(FeatureMap):
         return range(low * self.block_rows, min(high * self.block_rows, self.p), self.block_rows)
 
     @property
-    def rows_held(self) -> int:
-        """How many of the p features this process holds."""
-        return min(self.starts[-1] + self.block_rows, self.p) - self.starts[0]
+    def held(self) -> slice:
+        """Which of the p features this process holds."""
+        return slice(self.starts[0], min(self.starts[-1] + self.block_rows, self.p))
 
     def holds(self, dtype: torch.dtype) -> bool:
         """Whether V is resident in that dtype already."""
@@ -150,7 +150,7 @@ class RandomFeatures(FeatureMap):
         if self.placement != "auto":
             return self.placement == "resident"
         free = free_bytes(self.device) if free is None else free
-        return bytes_of(dtype, self.rows_held, self.d) <= SHARE * free
+        return bytes_of(dtype, self.features_held, self.d) <= SHARE * free
 
     @property
     def tile_rows(self) -> int:

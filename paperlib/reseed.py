@@ -52,10 +52,8 @@ def spectral_direction(
             alpha: its leading direction across the outputs is taken.
         generator: source of the random start.
     """
-    outer = torch.zeros(len(residual), len(residual), dtype=torch.float64, device=residual.device)
-    for block in model.blocks():
-        part = residual[:, block.start : block.stop].double()
-        outer += part @ part.T
+    held = residual[:, model.held].double()
+    outer = held @ held.T
     model.sum_over_processes([outer])
     mixes = torch.linalg.eigh(outer).eigenvectors
     leading = mixes[:, -1:].T.to(residual.dtype) @ residual

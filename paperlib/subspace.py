@@ -74,6 +74,11 @@ class SubspaceFeatures(FeatureMap):
             self.weight_blocks = self._weight_blocks
             self._projected: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
 
+    @property
+    def held(self) -> slice:
+        """As the model does."""
+        return self.inner.held
+
     def inputs(self, Z: Tensor) -> Tensor:
         """The points x = sqrt(d / k) B z, (n, inner.d), of coordinates Z (n, k)."""
         check_rows("Z", Z, self)

@@ -52,11 +52,17 @@ class SampledSubspace(SubspaceFeatures):
     def __init__(self, model: FeatureMap, basis: Tensor, features: int):
         """Restrict the inputs to a basis (d, k), and each process to its share of the features."""
         super().__init__(model, basis)
-        held = getattr(model, "rows_held", model.p)
+        held = model.features_held
         self.rows = min(held, -(-features * held // model.p))
         total = torch.tensor([float(self.rows)], dtype=torch.float64, device=model.device)
         model.sum_over_processes([total])
         self.p = int(total)
+
+    @property
+    def held(self) -> slice:
+        """The first of those that the model holds here."""
+        start = self.inner.held.start
+        return slice(start, start + self.rows)
 
     def _rows(self) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first row, rows of V) until there are enough."""

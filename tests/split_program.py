@@ -16,7 +16,7 @@ theta = paperlib.fit_min_norm(model, data.X, data.y)
 found = paperlib.reconstruct(model, theta, 6, seed=1, progress=False)
 rank = dist.get_rank()
 result = {
-    "rows_held": model.rows_held,
+    "features_held": model.features_held,
     "theta": theta.tolist(),
     "features": model.features(data.X).tolist(),
     "samples": found.samples.tolist(),

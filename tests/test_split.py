@@ -36,7 +36,7 @@ def one_process():
 
 
 def test_each_process_holds_its_share_of_the_features(two_processes):
-    assert [r["rows_held"] for r in two_processes] == [1024, 1976]
+    assert [r["features_held"] for r in two_processes] == [1024, 1976]
 
 
 def test_two_processes_find_what_one_finds(two_processes, one_process):
