@@ -106,11 +106,6 @@ def activation_bytes(
     return max(candidates * (trial(formats.bulk) + left), n * (trial(own) + left))
 
 
-def message_bytes(n: int, outputs: int, p: int) -> int:
-    """Bytes of message passing: its scores of now and of its best iteration, and of one copied."""
-    return bytes_of(torch.float32, 3, n + outputs, p)
-
-
 def predicted_bytes(
     model: FeatureMap,
     candidates: int,
@@ -119,7 +114,7 @@ def predicted_bytes(
     *,
     n: int | None = None,
     keep: str = PRODUCTS,
-    messages: bool = False,
+    starts: int = 0,
 ) -> dict[str, int]:
     """What a reconstruction will allocate at its peak, part by part.
 
@@ -130,13 +125,13 @@ def predicted_bytes(
         formats: of the bulk stage.
         n: candidates of the finish, `candidates` if not given.
         keep: what stays of the activations between passes, see `Linearization`.
-        messages: whether starts may be made by message passing, in turn with descents.
+        starts: bytes that other starts than at random take, in turn with the descents.
     """
     held = model.features_held
     n = candidates if n is None else n
     activations = activation_bytes(candidates, n, held, keep, model.dtype, formats)
     parts = {
-        "activations": max(activations, messages * message_bytes(n, outputs, model.p)),
+        "activations": max(activations, starts),
         # Parameters without their linear part, and the residuals of two points.
         "parameters": 3 * bytes_of(model.dtype, outputs, model.p),
     }
@@ -177,14 +172,14 @@ def check_memory(
     *,
     n: int | None = None,
     keep: str = PRODUCTS,
-    messages: bool = False,
+    starts: int = 0,
 ) -> dict[str, int]:
     """The predicted peak, refused if it cannot fit.
 
     Raises:
         MemoryError: with the parts, what is free, and what to change.
     """
-    parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep, messages=messages)
+    parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep, starts=starts)
     free = free_bytes(model.device)
     if sum(parts.values()) > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())

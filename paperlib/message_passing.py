@@ -37,6 +37,7 @@ from torch import Tensor
 
 from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
+from paperlib.memory import bytes_of
 from paperlib.projection import Linearization
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
@@ -375,3 +376,8 @@ class MessagePassing:
         return Beliefs(
             to_sphere(X), self.tau, self.alpha, history[-1], len(history), ended, history
         )
+
+
+def message_bytes(n: int, outputs: int, p: int) -> int:
+    """Bytes of the scores of now and of the best iteration, and of one being copied."""
+    return bytes_of(torch.float32, 3, n + outputs, p)

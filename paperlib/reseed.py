@@ -34,7 +34,9 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
     if not others or not hasattr(model, "weight_blocks"):
         fresh = random_on_sphere(1, model.d, generator=generator).to(X)
     else:
-        rest = Linearization(model, point.theta, X[others], lift=point.lift, dtype=point.dtype)
+        rest = Linearization(
+            model, point.theta, X[others], lift=point.lift, dtype=point.dtype, keep=point.keep
+        )
         fresh = spectral_direction(model, rest.residual, generator=generator).to(X)
     moved = X.clone()
     moved[worst] = fresh[0]

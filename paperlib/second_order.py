@@ -28,12 +28,14 @@ from paperlib.feature_map import FeatureMap
 from paperlib.identifiability import numbers_per_unknown
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
+from paperlib.message_passing import message_bytes
 from paperlib.precision import bulk_formats
 from paperlib.progress import Progress
 from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
 from paperlib.stages import PROMISING, stage_record
 from paperlib.streams import stream
+from paperlib.subspace_search import search_bytes
 
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
@@ -115,37 +117,44 @@ class SecondOrderSolver(Attempts):
         if restarts is None:
             restarts = RESTARTS_NEAR if self.always_messages else RESTARTS
         self.restarts = restarts
-        sent = self.always_messages or (self.messages and restarts > 1)
-        check_memory(model, *sizes, n=n, keep=self.keep, messages=sent)
-        self.lift = self._make_lift(lift)
+        lifted = self._lifts(lift)
         # A linear part that is not lifted would drown the second moment.
-        liftable = self.lift is not None or abs(model.linear_coefficient) < 1e-6
+        liftable = lifted or abs(model.linear_coefficient) < 1e-6
         if start == "subspace" and not liftable:
             raise ValueError("start='subspace' needs the lift: lift=None or True, and larger p")
-        self.searches = start == "subspace" or (
+        self.always_searches = start == "subspace"
+        self.searches = self.always_searches or (
             start == "auto" and possible and liftable and self.ratio >= NEAR
         )
-        self.always_searches = start == "subspace"
+        sent = self.always_messages or (self.messages and restarts > 1)
+        starts = [
+            message_bytes(n, len(theta), model.p) if sent else 0,
+            search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
+        ]
+        check_memory(model, *sizes, n=n, keep=self.keep, starts=max(starts))
+        self.lift = self._make_lift() if lifted else None
         self.best: Attempt | None = None
         self.independent: list[Tensor] = []  # samples of the starts that began anew
         self.stuck = False
 
-    def _make_lift(self, wanted: bool | None) -> Lift | None:
+    def _lifts(self, wanted: bool | None) -> bool:
+        """Whether the linear part is lifted: as wanted, or where there is one and room."""
         model = self.model
-        room = model.d + self.candidates <= LIFT_SHARE * model.p
         if wanted is None:
-            wanted = model.linear_coefficient != 0 and room
-        if not wanted:
-            return None
-        if model.linear_coefficient == 0:
+            room = model.d + self.candidates <= LIFT_SHARE * model.p
+            return model.linear_coefficient != 0 and room
+        if wanted and model.linear_coefficient == 0:
             raise ValueError(
                 "lift=True needs a model with weights V and an activation with a linear part"
             )
+        return wanted
+
+    def _make_lift(self) -> Lift:
         self.progress.stage("lift the linear part")
         begun = time.perf_counter()
         # Rounding V to float16 saves memory, not time: the lift may as well be exact.
         dtype = self.model.dtype if self.bulk == torch.float16 else self.bulk
-        lift = Lift(model, self.theta, dtype=dtype)
+        lift = Lift(self.model, self.theta, dtype=dtype)
         seconds = time.perf_counter() - begun
         self._log(stage_record("lift", dtype, "done", math.nan, 0, 0, seconds, 0))
         return lift

@@ -23,7 +23,9 @@ from paperlib.elimination import doubtful_candidates, eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
+from paperlib.memory import PRODUCTS, activation_bytes, bytes_of
 from paperlib.outlying_directions import outlying_directions
+from paperlib.precision import Formats
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere, to_sphere
 from paperlib.subspace import SubspaceFeatures
@@ -38,6 +40,9 @@ STARTS = 2
 # A search ends when its loss has fallen by less than a tenth in so many steps.
 STALL_STEPS, STALL_RATIO = 3, 0.9
 MOST_STEPS = 60
+
+# So many outlying directions at most, for each sample.
+DIRECTIONS = 2
 
 # Loss below which a search has nothing to add: its candidates are sharper than its sample.
 ENOUGH = 1e-7
@@ -126,7 +131,9 @@ class SubspaceSearch:
         if not sure.any():
             directions = self._outlying(self.theta)
             return self._search(torch.cat([X, directions]), [X, directions])
-        rest = Linearization(self.model, self.theta, X[sure], lift=self.lift, dtype=self.dtype)
+        rest = Linearization(
+            self.model, self.theta, X[sure], lift=self.lift, dtype=self.dtype, keep=point.keep
+        )
         self.passes += rest.passes
         directions = self._outlying(rest.residual)
         span = [X, directions]
@@ -138,7 +145,7 @@ class SubspaceSearch:
         directions, passes = outlying_directions(
             self.model,
             Y,
-            most=2 * self.n,
+            most=DIRECTIONS * self.n,
             dtype=self.dtype,
             generator=self.generator,
         )
@@ -151,8 +158,7 @@ class SubspaceSearch:
         Each start is some candidates, or None, and as many random ones as make n^ of them.
         """
         basis = independent_columns(span)
-        numbers = basis.shape[1] * self.candidates
-        wanted = max(LEAST_FEATURES, FEATURES_PER_NUMBER * numbers)
+        wanted = features_wanted(basis.shape[1], self.candidates)
         features = SampledSubspace(self.model, basis, wanted)
         lift = Lift(features, self.theta, dtype=features.dtype) if self.lift else None
         best: Descent | None = None
@@ -179,6 +185,22 @@ class SubspaceSearch:
             stall_steps=STALL_STEPS,
             stall_ratio=STALL_RATIO,
         )
+
+
+def features_wanted(directions: int, candidates: int) -> int:
+    """Features of a search for so many candidates in the span of so many directions."""
+    return max(LEAST_FEATURES, FEATURES_PER_NUMBER * directions * candidates)
+
+
+def search_bytes(model: FeatureMap, n: int, candidates: int, outputs: int) -> int:
+    """The most bytes that a search allocates: its weights, and two points of its descent."""
+    # Candidates, outlying directions, and the linear parts of two points span it.
+    directions = min(model.d, (1 + DIRECTIONS) * n + 2 * outputs)
+    features = min(model.features_held, features_wanted(directions, candidates))
+    own = Formats(model.dtype, model.dtype)
+    points = activation_bytes(candidates, n, features, PRODUCTS, model.dtype, own)
+    parameters = bytes_of(model.dtype, 3, outputs, model.p)
+    return points + parameters + bytes_of(model.dtype, features, directions)
 
 
 def independent_columns(rows: Tensor, *, cutoff: float = 1e-4) -> Tensor:

@@ -7,6 +7,7 @@ import paperlib
 from paperlib import memory
 from paperlib.lift import Lift
 from paperlib.memory import INPUTS, KEPT, NOTHING, PRODUCTS
+from paperlib.message_passing import message_bytes
 from paperlib.precision import Formats, bulk_formats
 from paperlib.projection import Linearization
 
@@ -197,7 +198,8 @@ def test_message_passing_is_counted_where_it_takes_more():
     model = paperlib.RandomFeatures(50, 4000)
     descent = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS)["activations"]
     assert descent == 2 * 3 * 4000 * 4
-    both = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS, messages=True)
+    starts = message_bytes(3, 2, 4000)
+    both = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS, starts=starts)
     assert both["activations"] == 3 * (3 + 2) * 4000 * 4  # the scores of samples and outputs
 
 
@@ -206,7 +208,7 @@ def test_a_run_whose_messages_would_not_fit_is_refused(monkeypatch, restarts, re
     data = paperlib.sphere(3, 40, seed=1)
     model = paperlib.RandomFeatures(40, 600, placement="streamed")  # p = 5 d n
     theta = paperlib.fit_min_norm(model, data.X, data.y)
-    monkeypatch.setattr("paperlib.memory.message_bytes", lambda n, outputs, p: 10**9)
+    monkeypatch.setattr("paperlib.second_order.message_bytes", lambda n, outputs, p: 10**9)
     set_free(monkeypatch, 10**8)
     if refused:
         with pytest.raises(MemoryError, match="activations 1 GB"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from tiny_notebook import CHECK, PARAMETERS, write_notebook
 
 from paperlib.notebook_pictures import describe_pictures, pictures_of
@@ -115,6 +116,16 @@ PROFILE_FOLDERS = {path.name for path in (ROOT / "notebooks/parameters").glob("*
 @pytest.mark.parametrize("profile", sorted({*PROFILES, *PROFILE_FOLDERS}))
 def test_parameter_files_fit_their_notebooks(profile):
     check(find_jobs(ROOT, profile))
+
+
+PARAMETER_FILES = sorted((ROOT / "notebooks/parameters").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", PARAMETER_FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_long_run_keeps_what_it_has_finished(path):
+    takes = declared_parameters(read(ROOT / "notebooks" / f"{path.stem}.ipynb"))
+    given = yaml.safe_load(path.read_text())
+    assert "store" not in takes or given["store"].startswith(f"../executed/{path.parent.name}/")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,12 @@ from paperlib.outlying_directions import BEYOND, krylov_space, outlying_directio
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere
 from paperlib.subspace import SubspaceFeatures
-from paperlib.subspace_search import SampledSubspace, SubspaceSearch, independent_columns
+from paperlib.subspace_search import (
+    SampledSubspace,
+    SubspaceSearch,
+    independent_columns,
+    search_bytes,
+)
 
 # Without a linear part there is nothing to lift.
 EVEN = Activation("magnitude", torch.abs, torch.sign)
@@ -250,3 +255,41 @@ def test_what_cannot_be_searched_is_refused():
     few = RandomFeatures(50, 80)
     with pytest.raises(ValueError, match="start='subspace' needs the lift"):
         reconstruct(few, torch.randn(1, 80, generator=generator()), 2, start="subspace")
+
+
+# Memory
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize(("n", "d", "ratio"), [(6, 40, 4.0), (3, 200, 8.0)])
+def test_a_search_takes_no_more_than_was_predicted(monkeypatch, n, d, ratio, C):
+    # All features of the first model take part, not all of the second.
+    model, theta, _ = problem(n, d, ratio, C=C)
+    lift = Lift(model, theta, dtype=model.dtype)
+    search, taken, sizes = search_of(model, theta, n, lift=lift), [], []
+    descend = search._descend
+
+    def watched(features, lift, Z):
+        run = descend(features, lift, Z)
+        weights = sum(W.numel() * W.element_size() for _, W in features.weight_blocks())
+        taken.append(2 * run.point._kept.bytes + weights)
+        sizes.append(features.p)
+        return run
+
+    monkeypatch.setattr(search, "_descend", watched)
+    X = search.first()
+    search.next(Linearization(model, lift.theta, X, lift=lift, curvature=True))
+    predicted = search_bytes(model, n, search.candidates, C)
+    assert (max(sizes) == model.p) == (d == 40)
+    assert 0.3 * predicted < max(taken) <= predicted
+
+
+@pytest.mark.parametrize(("start", "refused"), [("subspace", True), ("random", False)])
+def test_a_run_whose_searches_would_not_fit_is_refused(monkeypatch, start, refused):
+    model, theta, data = problem(3, 40, 5.0)
+    monkeypatch.setattr("paperlib.second_order.search_bytes", lambda *sizes: 10**15)
+    if refused:
+        with pytest.raises(MemoryError, match="activations 1e\\+06 GB"):
+            reconstruct(model, theta, 3, start=start, progress=False)
+    else:
+        assert reconstruct(model, theta, 3, start=start, progress=False).loss < 1e-3
