@@ -167,7 +167,7 @@ class Attempts(Stages):
         name, before = "search in a subspace", search.passes
         begun = self._announce(name, restart)
         X = search.first() if best is None else search.next(best)
-        seconds, passes = time.perf_counter() - begun, search.passes - before
+        seconds, passes = time.perf_counter() - begun, round(search.passes - before)
         self._log(
             stage_record(
                 name, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart

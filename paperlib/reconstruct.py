@@ -167,7 +167,8 @@ def second_order_options(
             directions that stand out (see `subspace_search.py`) and "messages" by message passing
             (see `message_passing.py`), which both need random features and an activation with a
             second moment. "auto", where they apply: by message passing for p between 1 and 2.5
-            d n; above, the first start is by searches, and every second one by message passing.
+            d n; above, the first start is by searches if those are smaller problems than the whole
+            one (n well below d), and every second one by message passing.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.

@@ -35,7 +35,7 @@ from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
 from paperlib.stages import PROMISING, stage_record
 from paperlib.streams import stream
-from paperlib.subspace_search import search_bytes
+from paperlib.subspace_search import search_bytes, search_pays
 
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
@@ -123,8 +123,9 @@ class SecondOrderSolver(Attempts):
         if start == "subspace" and not liftable:
             raise ValueError("start='subspace' needs the lift: lift=None or True, and larger p")
         self.always_searches = start == "subspace"
+        small = search_pays(model, n, candidates, len(theta))
         self.searches = self.always_searches or (
-            start == "auto" and possible and liftable and self.ratio >= NEAR
+            start == "auto" and possible and liftable and small and self.ratio >= NEAR
         )
         sent = self.always_messages or (self.messages and restarts > 1)
         starts = [

@@ -1,22 +1,33 @@
 """The signs of the candidates, once their directions are known up to sign.
 
 The lifted loss does not tell x from -x where the rest of the activation is even (ReLU, GELU).
-The parameters do: regress Theta on the 2n features {phi(x^_i), phi(-x^_i)} and keep, of each pair,
-the one with the larger coefficients; then flip single signs while that lowers the loss. All of
-this needs one Gram matrix. For an odd activation phi(-x) = -phi(x), and no attack can tell the two
-apart.
+The parameters do. With even and odd parts f+-_i = (phi(x^_i) +- phi(-x^_i)) / 2,
+
+    Theta = sum_i alpha_i (f+_i + s_i f-_i),
+
+and regressing Theta on all 2n parts gives alpha; a least-squares problem gives the signs s_i.
+For a ReLU the odd parts are linear in x, which is C d equations for n signs: up to about n = C d
+they are enough, up to about 1.5 C d with -1 <= s_i <= 1 beside them. Those that come out clearly
+are settled, and the others follow from them. In the end single signs are flipped while that lowers
+the loss. All of this needs one Gram matrix. For an odd activation phi(-x) = -phi(x), and no attack
+can tell the two apart.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.projection import solve_gram
+from paperlib.projection import GRAM_CUTOFF, solve_gram
 
-# Flips are tried for this many candidates, those whose two coefficients differ least.
+# Flips are tried for this many candidates, those whose signs are least certain.
 MOST_FLIPS = 64
+
+# A sign is clear where the number that stands for it is at least this far from 0.
+CLEAR = 0.5
 
 
 def settle_signs(model: FeatureMap, theta: Tensor, X: Tensor) -> Tensor:
@@ -38,11 +49,51 @@ def settle_signs(model: FeatureMap, theta: Tensor, X: Tensor) -> Tensor:
         gram += features @ features.T
         rhs += features @ theta[:, block.start : block.stop].double().T
     model.sum_over_processes([gram, rhs])
-    weight = solve_gram(gram, rhs).square().sum(1)
-    flipped = weight[n:] > weight[:n]
-    certainty = (weight[n:].sqrt() - weight[:n].sqrt()).abs()
-    flipped = flip_while_better(gram, rhs, flipped, certainty.argsort()[:MOST_FLIPS])
+    soft = soft_signs(gram, rhs)
+    flipped = flip_while_better(gram, rhs, soft < 0, soft.abs().argsort()[:MOST_FLIPS])
     return torch.where(flipped[:, None], -X, X)
+
+
+def soft_signs(gram: Tensor, rhs: Tensor) -> Tensor:
+    """Numbers in -1 .. 1, (n,), that explain theta best in the place of signs.
+
+    Args:
+        gram: (2n, 2n) Gram matrix of the features at X and -X.
+        rhs: (2n, C) their products with theta.
+    """
+    n = len(gram) // 2
+    one = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    parts = 0.5 * torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
+    gram, rhs = parts @ gram @ parts.T, parts @ rhs  # of even, then odd parts
+    alpha = solve_gram(gram, rhs)[:n]
+    normal = gram[n:, n:] * (alpha @ alpha.T)
+    right = ((rhs[n:] - gram[n:, :n] @ alpha) * alpha).sum(1)
+    values, vectors = torch.linalg.eigh(normal)
+    kept = values > GRAM_CUTOFF * values[-1]
+    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    A, b = root[:, None] * vectors.T, (vectors.T @ right) / root
+    return torch.from_numpy(within_box(A.cpu().numpy(), b.cpu().numpy())).to(gram)
+
+
+def within_box(A: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Numbers t in -1 .. 1, (n,), whose signs s have A s = b, as certain as |t| is near 1.
+
+    Rounding the clear ones leaves more equations than unknowns for the rest.
+
+    Args:
+        A: (r, n), where r may be less than n.
+        b: (r,).
+    """
+    n = A.shape[1]
+    soft, free = np.zeros(n), np.arange(n)
+    while len(free):
+        signs = np.sign(soft)
+        most = 10 * len(free)
+        found = lsq_linear(A[:, free], b - A @ signs, (-1, 1), method="bvls", max_iter=most).x
+        sure = np.abs(found) >= min(CLEAR, np.abs(found).max())
+        soft[free[sure]] = np.where(found[sure] < 0, -1, 1) * np.maximum(np.abs(found[sure]), 1e-9)
+        free = free[~sure]
+    return soft
 
 
 def flip_while_better(gram: Tensor, rhs: Tensor, flipped: Tensor, doubtful: Tensor) -> Tensor:

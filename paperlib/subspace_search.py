@@ -44,6 +44,10 @@ MOST_STEPS = 60
 # So many outlying directions at most, for each sample.
 DIRECTIONS = 2
 
+# A search pays while its products are smaller than this share of those with all of V. Where n is
+# not small beside d it would be the whole problem, solved from two starts in place of one.
+PAYS = 0.5
+
 # Loss below which a search has nothing to add: its candidates are sharper than its sample.
 ENOUGH = 1e-7
 
@@ -83,7 +87,7 @@ class SubspaceSearch:
     """Candidates for n samples from the directions that stand out.
 
     Attributes:
-        passes: readings of all of V so far.
+        passes: readings of all of V so far; those of the weights of a search count by their size.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class SubspaceSearch:
         self.model, self.theta, self.n, self.lift = model, theta, n, lift
         self.candidates, self.dtype = candidates, dtype
         self.forcing, self.generator = forcing, generator
-        self.passes = 0
+        self.passes = 0.0
 
     def first(self) -> Tensor:
         """Candidates (n, d) from the parameters alone."""
@@ -176,7 +180,7 @@ class SubspaceSearch:
 
     def _descend(self, features: FeatureMap, lift: Lift | None, Z: Tensor) -> Descent:
         theta = lift.theta if lift else self.theta
-        return levenberg_marquardt(
+        run = levenberg_marquardt(
             lambda Z: Linearization(features, theta, Z, lift=lift, curvature=True),
             Z,
             target=ENOUGH,
@@ -185,6 +189,8 @@ class SubspaceSearch:
             stall_steps=STALL_STEPS,
             stall_ratio=STALL_RATIO,
         )
+        self.passes += run.passes * (features.p * features.d) / (self.model.p * self.model.d)
+        return run
 
 
 def features_wanted(directions: int, candidates: int) -> int:
@@ -192,11 +198,25 @@ def features_wanted(directions: int, candidates: int) -> int:
     return max(LEAST_FEATURES, FEATURES_PER_NUMBER * directions * candidates)
 
 
+def largest_search(model: FeatureMap, n: int, candidates: int, outputs: int) -> tuple[int, int]:
+    """The most features and directions of a search.
+
+    Candidates, outlying directions, and the linear parts of two points span it.
+    """
+    directions = min(model.d, (1 + DIRECTIONS) * n + 2 * outputs)
+    return min(model.p, features_wanted(directions, candidates)), directions
+
+
+def search_pays(model: FeatureMap, n: int, candidates: int, outputs: int) -> bool:
+    """Whether searches are smaller problems than the whole one."""
+    features, directions = largest_search(model, n, candidates, outputs)
+    return features * directions <= PAYS * model.p * model.d
+
+
 def search_bytes(model: FeatureMap, n: int, candidates: int, outputs: int) -> int:
     """The most bytes that a search allocates: its weights, and two points of its descent."""
-    # Candidates, outlying directions, and the linear parts of two points span it.
-    directions = min(model.d, (1 + DIRECTIONS) * n + 2 * outputs)
-    features = min(model.features_held, features_wanted(directions, candidates))
+    features, directions = largest_search(model, n, candidates, outputs)
+    features = -(-features * model.features_held // model.p)
     own = Formats(model.dtype, model.dtype)
     points = activation_bytes(candidates, n, features, PRODUCTS, model.dtype, own)
     parameters = bytes_of(model.dtype, 3, outputs, model.p)

@@ -8,14 +8,14 @@ import pytest
 import scipy.optimize
 import torch
 
-from paperlib import RandomFeatures, fit_min_norm, projection_loss
+from paperlib import RandomFeatures, fit_min_norm, projection_loss, sphere
 from paperlib.elimination import eliminate
 from paperlib.levenberg_marquardt import damped_step, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.preconditioner import Preconditioner
 from paperlib.projection import Linearization, pseudo_inverse
 from paperlib.reseed import spectral_direction
-from paperlib.signs import settle_signs
+from paperlib.signs import settle_signs, within_box
 from paperlib.sphere import random_on_sphere, to_sphere, to_tangent
 
 NAMES = ("relu", "relu+tanh", "tanh", "gelu")
@@ -445,6 +445,30 @@ def test_signs_are_settled(name, C):
     candidates = to_sphere(flips[:, None] * (X + 1e-3 * randn(12, 10)))
     settled = settle_signs(model, theta, candidates)
     torch.testing.assert_close(settled, flips[:, None] * candidates)
+
+
+@pytest.mark.parametrize(("n", "d", "C"), [(30, 20, 1), (60, 40, 1), (15, 5, 2)])
+def test_more_signs_are_settled_than_the_linear_part_has_equations(n, d, C):
+    # A ReLU tells signs in its linear part alone, C d numbers; without bounds many come out wrong.
+    data = sphere(n, d, seed=1)
+    model = RandomFeatures(d, 5 * n * d, "relu", seed=2)
+    theta = fit_min_norm(model, data.X, torch.randn(n, C, generator=torch.manual_seed(3)))
+    flips = torch.where(torch.arange(n) % 3 == 0, -1.0, 1.0)
+    candidates = to_sphere(flips[:, None] * data.X + 1e-5 * randn(n, d).float())
+    settled = settle_signs(model, theta, candidates)
+    torch.testing.assert_close(settled, flips[:, None] * candidates)
+
+
+def test_signs_follow_from_those_that_are_clear():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(12, 18, generator=generator, dtype=torch.float64).numpy()
+    signs = torch.where(torch.rand(18, generator=generator) < 0.5, -1.0, 1.0).double().numpy()
+    soft = within_box(A, A @ signs)
+    assert (soft * signs > 0).all() and (abs(soft) <= 1).all()
+    # The least-squares solution of the same equations has wrong signs among its entries.
+    assert (np.linalg.lstsq(A, A @ signs, rcond=None)[0] * signs < 0).any()
+    # Nothing to go by: some sign nevertheless.
+    assert (within_box(np.zeros((1, 3)), np.zeros(1)) != 0).all()
 
 
 def test_signs_of_odd_activations_cannot_be_settled():

@@ -18,6 +18,7 @@ from paperlib.subspace_search import (
     SubspaceSearch,
     independent_columns,
     search_bytes,
+    search_pays,
 )
 
 # Without a linear part there is nothing to lift.
@@ -209,14 +210,22 @@ def test_all_samples_come_back(n, d, ratio, C, name):
 def test_the_first_start_finds_what_random_starts_need_more_work_for():
     passes = {"auto": 0, "random": 0}
     for seed in range(4):
-        model, theta, data = problem(12, 60, 4.0, seed=seed, dtype=torch.float32)
+        model, theta, data = problem(8, 120, 4.0, seed=seed, dtype=torch.float32)
         for start in passes:
-            found = reconstruct(model, theta, 12, start=start, seed=seed, progress=False)
+            found = reconstruct(model, theta, 8, start=start, seed=seed, progress=False)
             passes[start] += found.passes
             if start == "auto":
                 assert found.explained and found.restart == 0
                 assert compare(data.X, found.samples).signed.max() < 1e-3
     assert passes["auto"] < 0.7 * passes["random"], passes
+
+
+@pytest.mark.parametrize(("n", "d", "searched"), [(4, 60, True), (30, 30, False)])
+def test_a_search_as_large_as_the_whole_problem_is_not_made(n, d, searched):
+    model, theta, _ = problem(n, d, 4.0, dtype=torch.float32)
+    assert search_pays(model, n, math.ceil(1.4 * n), 1) == searched
+    found = reconstruct(model, theta, n, max_steps=1, restarts=1, progress=False)
+    assert ("search in a subspace" in {stage["stage"] for stage in found.stages}) == searched
 
 
 def test_block_height_and_placement_change_nothing_but_rounding():

@@ -11,6 +11,9 @@ from paperlib.identifiability import jacobian_spectrum, least_parameters
 from paperlib.random_features import RandomFeatures
 from paperlib.streams import stream
 
+# How far below the count the search for the smallest p begins.
+BELOW = 8
+
 
 def run_identifiability_cell(
     n: int, d: int, p: int, activation: str = "relu+tanh", outputs: int = 1, seed: int = 0
@@ -57,14 +60,16 @@ def least_identifying_p(
         activation: one of `activation_names()`.
         outputs: C.
         seed: of data, features and coefficients.
-        reach: p is tried from `predicted - reach` to `predicted + reach`.
+        reach: p is tried from a few below `predicted`, where counting rules it out, to
+            `predicted + reach`. A ReLU needs more than the count: it tells of a sample only at the
+            features where it is active.
 
     Returns:
         `predicted`, `least_parameters(n, d, outputs)`; `p`, the smallest p of full rank, None if
         there is none within reach.
     """
     predicted = least_parameters(n, d, outputs)
-    for p in range(max(1, predicted - reach), predicted + reach + 1):
+    for p in range(max(1, predicted - BELOW), predicted + reach + 1):
         if run_identifiability_cell(n, d, p, activation, outputs, seed)["identified"]:
             return {"predicted": predicted, "p": p}
     return {"predicted": predicted, "p": None}
