@@ -6,8 +6,8 @@
 3. signs: settled by one regression on both signs of each candidate;
 4. finish: the unlifted loss, evaluated in the model's own dtype.
 
-Where V is known, stages 1 and 2 are first made in the few directions that stand out, in turn with
-short descents of n candidates in all d (see `subspace_search.py`).
+Where V is known and n is well below d, stages 1 and 2 are first made in the few directions that
+stand out, in turn with short descents of n candidates in all d (see `subspace_search.py`).
 
 Restarts repeat this from new random candidates until the loss is explained; the best by loss is
 returned. Where p is near d n, most starts end in local minima; there a start is made by message
