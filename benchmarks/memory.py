@@ -27,7 +27,7 @@ import paperlib
 from paperlib.memory import choose_kept, predicted_bytes
 from paperlib.precision import bulk_formats
 from paperlib.results import save_table
-from paperlib.subspace_search import search_bytes
+from paperlib.subspace_search import search_bytes, search_pays
 
 # name: (n, d, p / (d n), placement, bulk, keep). Sizes of CIFAR-10 have d = 3072.
 CASES = {
@@ -70,7 +70,8 @@ def measure(case: str, steps: int) -> dict:
     candidates = math.ceil(1.4 * n)
     formats = bulk_formats(model, candidates, bulk)
     kept = choose_kept(model, candidates, 1, formats, n=n) if keep == "auto" else keep
-    starts = search_bytes(model, n, candidates, 1)
+    size = model, n, candidates, 1
+    starts = search_bytes(*size) if search_pays(*size) else 0  # as the solver does
     parts = predicted_bytes(model, candidates, 1, formats, n=n, keep=kept, starts=starts)
     before, begun = current_bytes(), time.perf_counter()
     found = paperlib.reconstruct(
