@@ -1,4 +1,4 @@
-"""Which formats a device multiplies in hardware."""
+"""What a device multiplies fast."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def fast_bfloat16(device: torch.device) -> bool:
 def fast_int8(device: torch.device) -> bool:
     """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
     return _processor_has(device, "avx512_vnni", "avx_vnni")
+
+
+def fast_kernels(device: torch.device) -> bool:
+    """Whether the device is a CPU for which oneDNN makes kernels that are faster than MKL's."""
+    return _processor_has(device, "avx512_f")
 
 
 def _processor_has(device: torch.device, *names: str) -> bool:

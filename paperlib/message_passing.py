@@ -37,6 +37,7 @@ from torch import Tensor
 
 from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
+from paperlib.matrix_product import combine, project
 from paperlib.memory import bytes_of
 from paperlib.projection import Linearization
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
@@ -174,7 +175,7 @@ class MessagePassing:
 
     def _pre_activations(self, V: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Means omega of the pre-activations (n, h) and of the linear parts (C, h)."""
-        both = torch.cat([self.X, self.L]).to(V.dtype) @ V.T
+        both = project(torch.cat([self.X, self.L]).to(V.dtype), V)
         omega = both[: self.n].float() - self.tau[:, None] * self.g[:, part]
         return omega, both[self.n :].float() - self.L_cov @ self.g_L[:, part]
 
@@ -237,7 +238,7 @@ class MessagePassing:
             self.g[:, part] = torch.lerp(self.g[:, part], score, b)
             self.g_L[:, part] = torch.lerp(self.g_L[:, part], score_L, b)
             scores = torch.cat([self.g[:, part], self.g_L[:, part]])
-            back += scores.to(V.dtype) @ V
+            back += combine(scores.to(V.dtype), V)
         self.model.sum_over_processes([gram, rhs, outer, back, spread, squares])
 
         # Precision of what the features say, by E[score^2] = - E[d score / d omega].

@@ -147,9 +147,9 @@ def krylov_space(
     fresh = torch.randn(rows, d, generator=generator, dtype=torch.float64).to(like.device)
     basis = images = fresh.new_zeros(0, d)
     for _ in range(products):
-        # Twice is enough (Kahan and Parlett), also where a block adds nothing but rounding.
-        for _ in range(2):
-            fresh = torch.linalg.qr((fresh - (fresh @ basis.T) @ basis).T).Q.T
+        # Of all rows so far: reflections keep them orthogonal also where a block adds nothing but
+        # rounding, which taking its part in the others out, even twice, does not.
+        fresh = torch.linalg.qr(torch.cat([basis, fresh]).T).Q.T[len(basis) :]
         image = operator(fresh.to(like)).double()
         basis, images = torch.cat([basis, fresh]), torch.cat([images, image])
         fresh = image

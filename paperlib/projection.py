@@ -20,6 +20,7 @@ from paperlib.feature_map import FeatureMap
 from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
 from paperlib.long_sum import LongSum
+from paperlib.matrix_product import project
 from paperlib.memory import NOTHING, PRODUCTS
 from paperlib.normal_product import NormalProduct
 from paperlib.precision import arithmetic
@@ -151,7 +152,7 @@ class Linearization:
             else:
                 features, state = block.activate(inputs, lifted=lift is not None)
             if lift:
-                cross.add_product(features, block.weights)
+                cross.add(block.combine(features), block.stop - block.start)
             wide = features.to(exact)
             gram += wide @ wide.T
             rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
@@ -162,7 +163,8 @@ class Linearization:
         cross = cross.total if lift else None
         model.sum_over_processes([gram, rhs, slope_gram] + ([cross] if lift else []))
         if lift:
-            self.cross_solved = lift.inverse @ cross.T  # (d, n)
+            # (d, n); multiplied the other way round it takes up to nine times as long.
+            self.cross_solved = (cross @ lift.inverse).T
             gram = gram - cross @ self.cross_solved
             gram = 0.5 * (gram + gram.T)
         self.gram, self.rhs = gram, rhs
@@ -188,7 +190,7 @@ class Linearization:
             E = self.theta[:, part] - alpha.T @ features.to(wide)
             if self.lift:
                 V = block.weights
-                E = E - (self.linear.T.to(V.dtype) @ V.T).to(wide)
+                E = E - project(self.linear.T.to(V.dtype), V).to(wide)
             residual[:, part] = E
             square[0] += E.double().square().sum()
             square[1] += self.theta[:, part].double().square().sum()

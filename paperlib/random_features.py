@@ -14,6 +14,7 @@ from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.int8 import Int8Rows
+from paperlib.matrix_product import combine, project
 from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.precision import arithmetic
 from paperlib.streams import stream
@@ -26,14 +27,10 @@ PLACEMENTS = ("auto", "resident", "streamed")
 
 # On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
 # of a pass finds in the cache what the first has read. On a GPU the whole block is one tile.
-TILE_BYTES = 2**23
+TILE_BYTES = 2**24
 LEAST_TILE_ROWS = 256
 # A tile in int8 has so many times the rows.
 INT8_ROWS = 4
-
-# MKL packs the right factor of a product: with few rows on its left, V takes it longer than the
-# product itself. V on the left is up to twice as fast then, transposing the result included.
-FEW_ROWS, FEW_ROWS_DIMENSION = range(8, 64), 512
 
 
 class RandomFeatures(FeatureMap):
@@ -254,16 +251,11 @@ class RandomFeatureBlock(FeatureBlock):
         """A V^T, (m, h), for A of shape (m, d)."""
         V = self.weights
         A = A.to(V.dtype)
-        if self.in_int8:
-            return V.project(A)
-        few = len(A) in FEW_ROWS and V.shape[1] >= FEW_ROWS_DIMENSION
-        if few and V.device.type == "cpu" and V.dtype != torch.bfloat16:
-            return (V @ A.T).T.contiguous()
-        return A @ V.T
+        return V.project(A) if self.in_int8 else project(A, V)
 
     def combine(self, W: Tensor) -> Tensor:
         """W V, (m, d), for W of shape (m, h)."""
-        return self.weights.combine(W) if self.in_int8 else W @ self.weights
+        return self.weights.combine(W) if self.in_int8 else combine(W, self.weights)
 
     @property
     def in_int8(self) -> bool:

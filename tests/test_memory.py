@@ -95,11 +95,11 @@ def test_v_stored_in_float16_is_v_rounded_once():
 
 
 def test_tiles_fit_the_cache_and_cover_v():
-    for d, rows in ((100, 8192), (3072, 512), (100_000, 256)):
+    for d, rows in ((100, 8192), (3072, 1280), (100_000, 256)):
         assert paperlib.RandomFeatures(d, 10_000).tile_rows == rows
-    model = paperlib.RandomFeatures(3072, 1500)
+    model = paperlib.RandomFeatures(3072, 3000)
     starts = [(first, len(V)) for first, V in model.weight_blocks()]
-    assert starts == [(0, 512), (512, 512), (1024, 476)]
+    assert starts == [(0, 1280), (1280, 1280), (2560, 440)]
 
 
 def point(
