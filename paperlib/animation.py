@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from paperlib.compare import compare
 from paperlib.data import DataSet
 from paperlib.figures import check_pictures, figures_folder
 from paperlib.frames import Frames
+from paperlib.replace_file import replace_file
 
 GAP_PIXELS = 4
 
@@ -138,17 +138,15 @@ def save_animation(
     ]
     each = max(20, round(1000 * seconds / len(frames)))
     path = folder / f"{name}.gif"
-    partial = folder / f".{name}.{uuid.uuid4().hex}.gif"
-    try:
-        frames[0].save(
-            partial,
-            save_all=True,
-            append_images=frames[1:],
-            duration=[each] * (len(frames) - 1) + [round(1000 * hold)],
-            loop=0,
-            optimize=True,
-        )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = io.BytesIO()
+    frames[0].save(
+        content,
+        format="GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=[each] * (len(frames) - 1) + [round(1000 * hold)],
+        loop=0,
+        optimize=True,
+    )
+    replace_file(path, content.getvalue())
     return path

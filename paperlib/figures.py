@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import subprocess
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from paperlib.grid import plain, to_json
+from paperlib.replace_file import replace_file
 from paperlib.results import machine
 
 # Matplotlib and its company load where they draw: workers of a sweep start without them.
@@ -320,22 +321,19 @@ def save_figure(
     folder = figures_folder() if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"{name}.{kind}" for kind in ("png", "pdf", "csv", "json")}
-    unfinished = {kind: folder / f".{name}.{uuid.uuid4().hex}.{kind}" for kind in paths}
     look = {"bbox_inches": "tight", "pad_inches": 0.08, "facecolor": "white"}
     # Neither a time nor a version in the pictures: they change only when what they show changes.
     png = {"Software": None, "Title": name, "Description": alt or caption}
     pdf = {"CreationDate": None, "Creator": None, "Producer": None, "Title": name}
     pdf["Subject"] = alt or caption
-    try:
-        figure.savefig(unfinished["png"], dpi=dpi, metadata=png, **look)
-        figure.savefig(unfinished["pdf"], dpi=dpi, metadata=pdf, **look)
-        unfinished["csv"].write_bytes(csv)
-        unfinished["json"].write_text(text, encoding="utf-8")
-        for kind, path in paths.items():
-            os.replace(unfinished[kind], path)
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)
+    contents = {"csv": csv, "json": text.encode()}
+    for kind, options in (("png", {"dpi": dpi, "metadata": png}), ("pdf", {"metadata": pdf})):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, **options, **look)
+        contents[kind] = drawn.getvalue()
+    # All is drawn before the first file is replaced.
+    for kind, path in paths.items():
+        replace_file(path, contents[kind])
     return paths
 
 

@@ -6,6 +6,7 @@ candidates that a film can be made of them, however long the run is.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from paperlib.checks import check_count
 from paperlib.grid import plain
+from paperlib.replace_file import replace_file
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,9 @@ class Frames:
         if not frames:
             raise ValueError("there is no frame to save: the run took no step")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial.npz")
+        content = io.BytesIO()
         np.savez_compressed(
-            partial,
+            content,
             about=json.dumps(plain(dict(about), "about")),
             losses=np.array(self.losses),
             stages=np.array(self.stages),
@@ -116,7 +118,7 @@ class Frames:
             sizes=np.array([len(frame.samples) for frame in frames]),
             samples=np.concatenate([f.samples.numpy().astype(np.float16) for f in frames]),
         )
-        os.replace(partial, path)
+        replace_file(path, content.getvalue())
         return path
 
     @classmethod

@@ -23,13 +23,15 @@ class Progress:
         """Set the bar up; it shows itself after its delay.
 
         Args:
-            show: whether to draw a bar; if None, unless PAPERLIB_PROGRESS=0 is set.
+            show: whether to draw a bar; if None, unless PAPERLIB_PROGRESS=0 or tqdm's own
+                TQDM_DISABLE=1 is set.
             callback: called after every step with (stage, loss, candidates).
         """
-        if show is None:
-            show = os.environ.get("PAPERLIB_PROGRESS", "1") != "0"
+        if show is None and os.environ.get("PAPERLIB_PROGRESS", "1") == "0":
+            show = False
+        choice = {} if show is None else {"disable": not show}
         self._bar = tqdm(
-            desc="reconstruct", unit=" steps", disable=not show, delay=DELAY_SECONDS, leave=False
+            desc="reconstruct", unit=" steps", delay=DELAY_SECONDS, leave=False, **choice
         )
         self._stage = ""
         self._callback = callback

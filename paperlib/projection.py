@@ -209,6 +209,12 @@ class Linearization:
         self.gradient = gradient.to(self.X.dtype)
         self.loss = self.residual_square / self.total_square
 
+    def restricted_to(self, rows: Tensor) -> Linearization:
+        """The same at some of the candidates, a mask (n,) or indices: what the others leave."""
+        return Linearization(
+            self.model, self.theta, self.X[rows], lift=self.lift, dtype=self.dtype, keep=self.keep
+        )
+
     def forget_curvature(self) -> None:
         """Give up what only `product` needs: all that is as large as the features."""
         self._kept.forget()

@@ -29,15 +29,13 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
     """
     model, X = point.model, point.X
     worst = least_useful(point.gram, point.gram_inverse, point.alpha)[0]
-    # What this candidate explained so far is given back to the residual.
-    others = [i for i in range(len(X)) if i != worst]
-    if not others or not hasattr(model, "weight_blocks"):
+    others = torch.arange(len(X), device=X.device) != worst
+    if not others.any() or not hasattr(model, "weight_blocks"):
         fresh = random_on_sphere(1, model.d, generator=generator).to(X)
     else:
-        rest = Linearization(
-            model, point.theta, X[others], lift=point.lift, dtype=point.dtype, keep=point.keep
-        )
-        fresh = spectral_direction(model, rest.residual, generator=generator).to(X)
+        # What this candidate explained so far is given back to the residual.
+        residual = point.restricted_to(others).residual
+        fresh = spectral_direction(model, residual, generator=generator).to(X)
     moved = X.clone()
     moved[worst] = fresh[0]
     return moved

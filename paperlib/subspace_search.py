@@ -135,9 +135,7 @@ class SubspaceSearch:
         if not sure.any():
             directions = self._outlying(self.theta)
             return self._search(torch.cat([X, directions]), [X, directions])
-        rest = Linearization(
-            self.model, self.theta, X[sure], lift=self.lift, dtype=self.dtype, keep=point.keep
-        )
+        rest = point.restricted_to(sure)
         self.passes += rest.passes
         directions = self._outlying(rest.residual)
         span = [X, directions]

@@ -191,10 +191,10 @@ def test_a_failed_save_leaves_the_old_figure_alone(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in paths.values()}
     save = figure.savefig
 
-    def fail_at_the_pdf(path, **options):
-        if str(path).endswith(".pdf"):
+    def fail_at_the_pdf(target, **options):
+        if options["format"] == "pdf":
             raise OSError("disk full")
-        save(path, **options)
+        save(target, **options)
 
     monkeypatch.setattr(figure, "savefig", fail_at_the_pdf)
     with pytest.raises(OSError, match="disk full"):
