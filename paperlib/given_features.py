@@ -13,7 +13,7 @@ from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.precision import arithmetic
-from paperlib.random_features import RandomFeatureBlock
+from paperlib.random_features import RandomFeatureBlock, tile_rows
 
 _activation = activation
 
@@ -31,7 +31,7 @@ class GivenFeatures(FeatureMap):
         Args:
             V: (p, d) weights, float32 or float64.
             activation: a name of `activation_names()` or an `Activation`.
-            block_rows: rows of V used at a time.
+            block_rows: rows of V used at a time, at most: on a CPU, as many as fit its cache.
 
         Raises:
             TypeError: if V is not a tensor of float32 or float64.
@@ -56,8 +56,9 @@ class GivenFeatures(FeatureMap):
         dtype = self.dtype if dtype is None else dtype
         if dtype not in self._copies:
             self._copies[dtype] = self.V.to(dtype)
-        starts = range(0, self.p, self.block_rows)
-        for start, rows in zip(starts, self._copies[dtype].split(self.block_rows), strict=True):
+        height = tile_rows(self.device, self.dtype, self.d, self.block_rows)
+        starts = range(0, self.p, height)
+        for start, rows in zip(starts, self._copies[dtype].split(height), strict=True):
             yield start, rows.to(arithmetic(dtype))
 
     def release(self, dtype: torch.dtype) -> None:
@@ -66,7 +67,7 @@ class GivenFeatures(FeatureMap):
             self._copies.pop(dtype, None)
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
-        """Blocks of `block_rows` features each."""
+        """Blocks of at most `block_rows` features each."""
         for start, V in self.weight_blocks(dtype=dtype):
             yield GivenFeatureBlock(start, V, self.activation, self.linear_coefficient)
 

@@ -33,6 +33,14 @@ LEAST_TILE_ROWS = 256
 INT8_ROWS = 4
 
 
+def tile_rows(device: torch.device, dtype: torch.dtype, d: int, block_rows: int) -> int:
+    """Rows of V (p, d) of a tile, at most `block_rows`."""
+    if device.type != "cpu":
+        return block_rows
+    rows = TILE_BYTES // (bytes_of(dtype, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
+    return min(block_rows, max(rows, LEAST_TILE_ROWS))
+
+
 class RandomFeatures(FeatureMap):
     """phi(x) = act(V x) in R^p, V of shape (p, d) with i.i.d. N(0, 1/d) entries.
 
@@ -152,10 +160,7 @@ class RandomFeatures(FeatureMap):
     @property
     def tile_rows(self) -> int:
         """Rows of V that are handed out at a time."""
-        if self.device.type != "cpu":
-            return self.block_rows
-        rows = TILE_BYTES // (bytes_of(self.dtype, self.d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
-        return min(self.block_rows, max(rows, LEAST_TILE_ROWS))
+        return tile_rows(self.device, self.dtype, self.d, self.block_rows)
 
     def weight_blocks(
         self, *, dtype: torch.dtype | None = None
