@@ -70,10 +70,15 @@ def solve_gram(gram: Tensor, rhs: Tensor, *, cutoff: float = GRAM_CUTOFF) -> Ten
 
 def pseudo_inverse(gram: Tensor, *, cutoff: float = GRAM_CUTOFF) -> Tensor:
     """The inverse of a positive semi-definite matrix in float64, small directions left out."""
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = significant_eigenpairs(gram.double(), cutoff=cutoff)
+    return (vectors / values) @ vectors.T
+
+
+def significant_eigenpairs(gram: Tensor, *, cutoff: float = GRAM_CUTOFF) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) of (n, n) above `cutoff` of the largest, and their vectors (n, k)."""
+    values, vectors = torch.linalg.eigh(gram)
     kept = values > cutoff * values[-1]
-    inverse = torch.where(kept, 1 / torch.where(kept, values, 1), 0)
-    return (vectors * inverse) @ vectors.T
+    return values[kept], vectors[:, kept]
 
 
 class Linearization:

@@ -21,7 +21,7 @@ from scipy.optimize import lsq_linear
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.projection import GRAM_CUTOFF, solve_gram
+from paperlib.projection import significant_eigenpairs, solve_gram
 
 # Flips are tried for this many candidates, those whose signs are least certain.
 MOST_FLIPS = 64
@@ -68,9 +68,8 @@ def soft_signs(gram: Tensor, rhs: Tensor) -> Tensor:
     alpha = solve_gram(gram, rhs)[:n]
     normal = gram[n:, n:] * (alpha @ alpha.T)
     right = ((rhs[n:] - gram[n:, :n] @ alpha) * alpha).sum(1)
-    values, vectors = torch.linalg.eigh(normal)
-    kept = values > GRAM_CUTOFF * values[-1]
-    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    values, vectors = significant_eigenpairs(normal)
+    root = values.sqrt()
     A, b = root[:, None] * vectors.T, (vectors.T @ right) / root
     return torch.from_numpy(within_box(A.cpu().numpy(), b.cpu().numpy())).to(gram)
 
