@@ -272,6 +272,15 @@ def test_given_features_are_random_features_with_those_weights():
     assert torch.equal(given.V, rf.V)
 
 
+def test_given_features_come_in_tiles_that_fit_the_cache():
+    V = torch.randn(700, 30_000)
+    tiles = list(GivenFeatures(V).weight_blocks())
+    assert [start for start, _ in tiles] == [0, 256, 512]
+    assert torch.equal(torch.cat([rows for _, rows in tiles]), V)
+    lower = GivenFeatures(V, block_rows=100).weight_blocks()
+    assert [len(rows) for _, rows in lower] == 7 * [100]
+
+
 def test_given_weights_of_any_length_have_exact_slope_gram():
     V = torch.randn(30, 5, dtype=torch.float64) * torch.linspace(0.1, 4, 30)[:, None]
     X = points(3, 5)
