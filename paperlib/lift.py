@@ -51,7 +51,7 @@ class Lift:
         for block in model.blocks(dtype=self.dtype):
             part = slice(block.start, block.stop)
             V = block.weights
-            self.theta[:, part] -= (w.to(V.dtype) @ V.T).to(self.theta.dtype)
+            self.theta[:, part] -= block.project(w).to(self.theta.dtype)
             left += self.theta[:, part].to(V.dtype) @ V
         model.sum_over_processes([left])
         return left

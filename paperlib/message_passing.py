@@ -39,7 +39,7 @@ from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
 from paperlib.matrix_product import combine, project
 from paperlib.memory import bytes_of
-from paperlib.projection import Linearization
+from paperlib.projection import Linearization, significant_eigenpairs
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
 from paperlib.weight_gram import WeightGram
@@ -97,9 +97,8 @@ class Beliefs:
 
 def whiten(theta: Tensor) -> Tensor:
     """Rows with the span of theta's that are orthogonal and of mean square 1, (rank, p)."""
-    values, vectors = torch.linalg.eigh(theta.double() @ theta.double().T)
-    kept = values > 1e-10 * values[-1]
-    scaled = vectors[:, kept] * (theta.shape[1] / values[kept]).sqrt()
+    values, vectors = significant_eigenpairs(theta.double() @ theta.double().T)
+    scaled = vectors * (theta.shape[1] / values).sqrt()
     return scaled.T.to(theta.dtype) @ theta
 
 

@@ -20,7 +20,6 @@ from paperlib.feature_map import FeatureMap
 from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
 from paperlib.long_sum import LongSum
-from paperlib.matrix_product import project
 from paperlib.memory import NOTHING, PRODUCTS
 from paperlib.normal_product import NormalProduct
 from paperlib.precision import arithmetic
@@ -194,8 +193,7 @@ class Linearization:
             features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
             E = self.theta[:, part] - alpha.T @ features.to(wide)
             if self.lift:
-                V = block.weights
-                E = E - project(self.linear.T.to(V.dtype), V).to(wide)
+                E = E - block.project(self.linear.T).to(wide)
             residual[:, part] = E
             square[0] += E.double().square().sum()
             square[1] += self.theta[:, part].double().square().sum()

@@ -68,7 +68,7 @@ class SpectralStart:
         sums = torch.zeros(2, C, dtype=torch.float64, device=Y.device)
         for block in model.blocks(dtype=self.dtype):
             V = block.weights
-            rest = Y[:, block.start : block.stop] - (w.to(V.dtype) @ V.T).to(Y.dtype)
+            rest = Y[:, block.start : block.stop] - block.project(w).to(Y.dtype)
             sums += torch.stack([rest.double().sum(1), rest.double().square().sum(1)])
             for moment, row in zip(moments, rest, strict=True):
                 moment.add(V * row.to(V.dtype)[:, None], V)

@@ -30,7 +30,7 @@ from paperlib.feature_map import FeatureMap
 from paperlib.gradient_descent import DescentTrace, gradient_descent
 from paperlib.losses import Loss, loss_named
 from paperlib.networks.network import Network
-from paperlib.projection import Linearization
+from paperlib.projection import Linearization, significant_eigenpairs
 
 LAYERS = ("all", "last")
 
@@ -203,9 +203,8 @@ def _descend_in_span(
 ) -> tuple[Tensor, DescentTrace]:
     """Theta (C, p) after gradient descent from theta_0, in float64 coordinates of the span."""
     wide = features.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
-    kept = values > 1e-14 * values[-1]
-    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+    values, vectors = significant_eigenpairs(wide @ wide.T, cutoff=1e-14)
+    roots = values.sqrt()
     # Phi = (U S) Q with orthonormal rows of Q = S^-1 U^T Phi (r, p); theta = theta_0 + B Q.
     coordinates = vectors * roots  # (n, r)
     start = wide @ theta_0.double().T
