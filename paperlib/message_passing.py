@@ -16,7 +16,10 @@ Updates that overshoot are taken back, and those that follow are smaller.
 
 The linear part, sum_i alpha_i mu_1 x_i, is one more unknown vector, seen directly in theta. It is
 tied to the samples in the prior, so that signs come out right without a lift that would cost d
-equations.
+equations. Where the rest of the activation is even (ReLU, GELU), nothing else knows the signs, and
+they are drawn at random at the start. A strong belief that has the wrong one does not turn by
+itself: the tie presses the linear part that it lacks into all weaker ones, none of which then comes
+out. So beliefs are turned round whenever the linear part is clearly explained better that way.
 
 Sources: generalised approximate message passing, Rangan 2011 (arXiv 1010.5141); committee machines,
 Aubin et al. 2018 (arXiv 1806.05451); the spectral start, Mondelli and Venkataramanan 2021 (arXiv
@@ -59,6 +62,9 @@ RISE, SLOWER, SLOWEST = 2.5, 0.6, 0.1
 
 # What one iteration hands to the next.
 STATE = ("X", "tau", "alpha", "L", "L_cov", "misfit", "g", "g_L")
+
+# A belief is turned round where that raises the log-likelihood of the linear part by this much.
+TURN = 5.0
 
 # Beliefs that learned nothing (variance above DEAD of the prior's) start again from the residual
 # every REVIVE iterations, as does the weaker of two that are the same (|cosine| above SAME).
@@ -140,6 +146,8 @@ class MessagePassing:
         self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
         self.weight = self.log_weight.exp()
         self.spacing = 2 * REACH / (NODES - 1)
+        rest = self._rest(self.t)
+        self.even = bool((rest - rest.flip(0)).abs().max() <= 1e-4 * rest.abs().max())
 
         # The same for every start: the passes over V with d columns are made once.
         self._linear_start = self.spectral.linear_part(self.y)
@@ -245,6 +253,10 @@ class MessagePassing:
         S_L = (d / p) * noise
         R = self.X + S[:, None] * back[:n].float()
         R_L = self.L + S_L @ back[n:].float()
+        if self.even:
+            wrong = self._turned_round(R_L, S_L)
+            for rows in (self.X, R, self.g):
+                rows[wrong] *= -1
         # Prior: x ~ N(0, I), and the linear part is mu_1 sum_i alpha_i x_i.
         tie = self.mu * torch.linalg.solve(S_L.double(), alpha.double().T).T  # (n, C)
         precision = torch.diag(1 + 1 / S.double()) + self.mu * tie @ alpha.double().T
@@ -267,6 +279,31 @@ class MessagePassing:
             learned = torch.linalg.solve(gram + ridge, rhs).float()
             self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING * self.pace**2)
         return misses / C
+
+    def _turned_round(self, R_L: Tensor, S_L: Tensor) -> Tensor:
+        """Which beliefs explain the linear part better the other way round, (n,).
+
+        The linear part less mu_1 sum_i alpha_i X_i is Gaussian; one belief after another is turned
+        while that raises its likelihood, the one that raises it most first.
+
+        Args:
+            R_L: (C, d), what the features say of the linear part.
+            S_L: (C, C), the covariance of that in each coordinate.
+        """
+        X, weights = self.X.double(), self.mu * self.alpha.double()
+        covariance = S_L.double() + (weights.T * self.tau.double()) @ weights
+        whitened = torch.linalg.solve(covariance, weights.T).T  # (n, C)
+        missing = R_L.double() - weights.T @ X
+        squares = (whitened * weights).sum(1) * X.square().sum(1)
+        sign = X.new_ones(self.n)
+        for _ in range(2 * self.n):
+            gains = -2 * (sign * ((whitened @ missing) * X).sum(1) + squares)
+            i = int(gains.argmax())
+            if not gains[i] > TURN:
+                break
+            missing = missing + 2 * sign[i] * torch.outer(weights[i], X[i])
+            sign[i] = -sign[i]
+        return sign < 0
 
     def revive(self) -> int:
         """Start beliefs that are lost, or double, again from the residual; how many."""

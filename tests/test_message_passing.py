@@ -101,6 +101,7 @@ def test_scores_against_a_dense_posterior():
     density = torch.softmax(prior.log() - misses.square() / (2 * width[:, :, None]), -1)
     expected = (density @ t) / tau.sqrt()[:, None]
     belief.pace = 1 / DAMPING  # the new value alone
+    belief.even = False  # none is turned round
     belief.step(learn_alpha=False)
     torch.testing.assert_close(belief.g, expected, rtol=0.05, atol=0.02)
 
@@ -132,6 +133,39 @@ def test_resume_finds_the_sample_with_a_tiny_coefficient():
     assert int(belief.tau.argmax()) == 5
     beliefs = belief.run(300)
     assert compare(X, beliefs.X).recovered(0.5, "up_to_sign") == 6
+
+
+def believed(name, signs):
+    """Message passing that knows six samples but for the signs of some, and their weights."""
+    model = RandomFeatures(50, 600, name, seed=0)
+    X = sphere(6, 50, 0).X
+    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.15, -0.25]])
+    belief = passing(model, alpha @ model.features(X), 6)
+    belief.tau = torch.full((6,), 0.02)
+    scale = (1 - belief.tau[:, None]).sqrt()
+    belief.X = X * torch.tensor(signs)[:, None] * scale
+    belief.alpha = alpha.T * belief.y[0, 0] / (alpha @ model.features(X))[0, 0]
+    belief.L = belief.mu * belief.alpha.T @ X  # as theta shows it
+    belief.L_cov *= 1e-3
+    return belief, X
+
+
+@pytest.mark.parametrize(
+    "signs", [[1.0] * 6, [-1.0, 1, 1, 1, 1, 1], [1.0, -1, 1, 1, -1, 1], [-1.0] * 6]
+)
+def test_beliefs_of_the_wrong_sign_are_turned_round(signs):
+    belief, X = believed("relu", signs)
+    cosines = torch.nn.functional.cosine_similarity
+    assert (cosines(belief.X, X) * torch.tensor(signs) > 0.99).all()
+    belief.step(learn_alpha=False)
+    assert (cosines(belief.X, X) > 0.9).all()
+
+
+def test_where_the_features_tell_the_sign_no_belief_is_turned_round():
+    belief, X = believed("relu+tanh", [-1.0, 1, 1, 1, 1, 1])
+    assert not belief.even
+    belief.step(learn_alpha=False)
+    assert torch.nn.functional.cosine_similarity(belief.X, X)[0] < 0
 
 
 def test_equal_seeds_give_equal_beliefs():
