@@ -263,6 +263,9 @@ class MessagePassing:
         covariance = torch.linalg.inv(precision)
         X = (covariance @ (R.double() / S.double()[:, None] + tie @ R_L.double())).float()
         covariance = covariance.float()
+        # x is on the sphere, so a mean that leaves the variance tau has the square length
+        # d (1 - tau). With any other, a short mean and a large alpha explain theta as well.
+        X = to_sphere(X) * (1 - covariance.diagonal()).clamp(min=0).sqrt()[:, None]
         self.X = torch.lerp(self.X, X, b)
         self.tau = torch.lerp(tau, covariance.diagonal(), b).clamp(1e-6, 1)
         self.L = torch.lerp(self.L, self.mu * alpha.T @ X, b)

@@ -135,6 +135,16 @@ def test_resume_finds_the_sample_with_a_tiny_coefficient():
     assert compare(X, beliefs.X).recovered(0.5, "up_to_sign") == 6
 
 
+def test_means_are_as_long_as_points_on_the_sphere_leave_them():
+    model, theta, data = problem()
+    belief = passing(model, theta, 4)
+    belief.pace = 1 / DAMPING  # the new value alone
+    for _ in range(3):
+        belief.step(learn_alpha=False)
+        lengths = belief.X.square().sum(1) / data.d
+        torch.testing.assert_close(lengths, 1 - belief.tau, rtol=1e-4, atol=1e-5)
+
+
 def believed(name, signs):
     """Message passing that knows six samples but for the signs of some, and their weights."""
     model = RandomFeatures(50, 600, name, seed=0)
