@@ -43,6 +43,7 @@ from paperlib.feature_map import FeatureMap
 from paperlib.matrix_product import combine, project
 from paperlib.memory import bytes_of
 from paperlib.projection import Linearization, significant_eigenpairs
+from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
 from paperlib.weight_gram import WeightGram
@@ -254,7 +255,9 @@ class MessagePassing:
         R = self.X + S[:, None] * back[:n].float()
         R_L = self.L + S_L @ back[n:].float()
         if self.even:
-            wrong = self._turned_round(R_L, S_L)
+            weights = self.mu * alpha
+            covariance = S_L + (weights.T * tau) @ weights
+            wrong = turned_round(self.X, weights, R_L, covariance, least=TURN)
             for rows in (self.X, R, self.g):
                 rows[wrong] *= -1
         # Prior: x ~ N(0, I), and the linear part is mu_1 sum_i alpha_i x_i.
@@ -282,31 +285,6 @@ class MessagePassing:
             learned = torch.linalg.solve(gram + ridge, rhs).float()
             self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING * self.pace**2)
         return misses / C
-
-    def _turned_round(self, R_L: Tensor, S_L: Tensor) -> Tensor:
-        """Which beliefs explain the linear part better the other way round, (n,).
-
-        The linear part less mu_1 sum_i alpha_i X_i is Gaussian; one belief after another is turned
-        while that raises its likelihood, the one that raises it most first.
-
-        Args:
-            R_L: (C, d), what the features say of the linear part.
-            S_L: (C, C), the covariance of that in each coordinate.
-        """
-        X, weights = self.X.double(), self.mu * self.alpha.double()
-        covariance = S_L.double() + (weights.T * self.tau.double()) @ weights
-        whitened = torch.linalg.solve(covariance, weights.T).T  # (n, C)
-        missing = R_L.double() - weights.T @ X
-        squares = (whitened * weights).sum(1) * X.square().sum(1)
-        sign = X.new_ones(self.n)
-        for _ in range(2 * self.n):
-            gains = -2 * (sign * ((whitened @ missing) * X).sum(1) + squares)
-            i = int(gains.argmax())
-            if not gains[i] > TURN:
-                break
-            missing = missing + 2 * sign[i] * torch.outer(weights[i], X[i])
-            sign[i] = -sign[i]
-        return sign < 0
 
     def revive(self) -> int:
         """Start beliefs that are lost, or double, again from the residual; how many."""

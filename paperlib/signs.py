@@ -9,8 +9,9 @@ and regressing Theta on all 2n parts gives alpha; a least-squares problem gives 
 For a ReLU the odd parts are linear in x, which is C d equations for n signs: up to about n = C d
 they are enough, up to about 1.5 C d with -1 <= s_i <= 1 beside them. Those that come out clearly
 are settled, and the others follow from them. In the end single signs are flipped while that lowers
-the loss. All of this needs one Gram matrix. For an odd activation phi(-x) = -phi(x), and no attack
-can tell the two apart.
+the loss. All of this needs one Gram matrix. Message passing, which knows the linear part and its
+noise, turns points round while that makes it likelier. For an odd activation phi(-x) = -phi(x), and
+no attack can tell the two apart.
 """
 
 from __future__ import annotations
@@ -123,3 +124,33 @@ def flip_while_better(gram: Tensor, rhs: Tensor, flipped: Tensor, doubtful: Tens
         if best == before:
             break
     return flipped
+
+
+def turned_round(
+    X: Tensor, weights: Tensor, observed: Tensor, covariance: Tensor, *, least: float
+) -> Tensor:
+    """Which rows of X explain a linear part better the other way round, (n,).
+
+    What is observed, less sum_i weights_i X_i, is Gaussian. One row after another is turned while
+    that raises the log-likelihood, the one that raises it most first.
+
+    Args:
+        X: (n, d).
+        weights: (n, C).
+        observed: (C, d), the linear part.
+        covariance: (C, C), of what the rows leave of it, in each coordinate.
+        least: by how much a turn has to raise the log-likelihood.
+    """
+    X, weights, covariance = X.double(), weights.double(), covariance.double()
+    whitened = torch.linalg.solve(covariance, weights.T).T
+    missing = observed.double() - weights.T @ X
+    squares = (whitened * weights).sum(1) * X.square().sum(1)
+    sign = X.new_ones(len(X))
+    for _ in range(2 * len(X)):
+        gains = -2 * (sign * ((whitened @ missing) * X).sum(1) + squares)
+        i = int(gains.argmax())
+        if not gains[i] > least:
+            break
+        missing = missing + 2 * sign[i] * torch.outer(weights[i], X[i])
+        sign[i] = -sign[i]
+    return sign < 0

@@ -7,6 +7,7 @@ import torch
 
 from paperlib import RandomFeatures, compare, fit_min_norm, reconstruct, sphere
 from paperlib.message_passing import DAMPING, SLOWER, MessagePassing, whiten
+from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart
 
 
@@ -169,6 +170,29 @@ def test_beliefs_of_the_wrong_sign_are_turned_round(signs):
     assert (cosines(belief.X, X) * torch.tensor(signs) > 0.99).all()
     belief.step(learn_alpha=False)
     assert (cosines(belief.X, X) > 0.9).all()
+
+
+def test_rows_are_turned_while_that_raises_the_likelihood():
+    """Against the density of torch's multivariate normal distribution."""
+    generator = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    X, weights, root = new(7, 30), new(7, 2), new(2, 2)
+    covariance = root @ root.T + 0.1 * torch.eye(2, dtype=torch.float64)
+    wrong = torch.tensor([True, False, True, False, False, False, True])
+    observed = weights.T @ torch.where(wrong[:, None], -X, X) + 0.1 * new(2, 30)
+    normal = torch.distributions.MultivariateNormal(torch.zeros_like(covariance[0]), covariance)
+
+    def likelihood(turned):
+        return float(normal.log_prob((observed - weights.T @ turned).T).sum())
+
+    found = turned_round(X, weights, observed, covariance, least=5.0)
+    assert torch.equal(found, wrong)
+    # A turn is made when it raises the likelihood by just more than what is asked, and only then.
+    single = torch.where(wrong[:, None], -X, X)
+    single[3] = -single[3]
+    gain = likelihood(torch.where(wrong[:, None], -X, X)) - likelihood(single)
+    assert bool(turned_round(single, weights, observed, covariance, least=0.999 * gain)[3])
+    assert not turned_round(single, weights, observed, covariance, least=1.001 * gain).any()
 
 
 def test_where_the_features_tell_the_sign_no_belief_is_turned_round():
