@@ -256,8 +256,8 @@ class MessagePassing:
         R_L = self.L + S_L @ back[n:].float()
         if self.even:
             weights = self.mu * alpha
-            covariance = S_L + (weights.T * tau) @ weights
-            wrong = turned_round(self.X, weights, R_L, covariance, least=TURN)
+            doubt = S_L + (weights.T * tau) @ weights  # covariance of R_L about the means
+            wrong = turned_round(self.X, weights, R_L, doubt, least=TURN)
             for rows in (self.X, R, self.g):
                 rows[wrong] *= -1
         # Prior: x ~ N(0, I), and the linear part is mu_1 sum_i alpha_i x_i.

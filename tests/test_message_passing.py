@@ -151,11 +151,12 @@ def believed(name, signs):
     model = RandomFeatures(50, 600, name, seed=0)
     X = sphere(6, 50, 0).X
     alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.15, -0.25]])
-    belief = passing(model, alpha @ model.features(X), 6)
+    theta = alpha @ model.features(X)
+    belief = passing(model, theta, 6)
     belief.tau = torch.full((6,), 0.02)
     scale = (1 - belief.tau[:, None]).sqrt()
     belief.X = X * torch.tensor(signs)[:, None] * scale
-    belief.alpha = alpha.T * belief.y[0, 0] / (alpha @ model.features(X))[0, 0]
+    belief.alpha = alpha.T * belief.y[0, 0] / theta[0, 0]
     belief.L = belief.mu * belief.alpha.T @ X  # as theta shows it
     belief.L_cov *= 1e-3
     return belief, X
@@ -179,7 +180,8 @@ def test_rows_are_turned_while_that_raises_the_likelihood():
     X, weights, root = new(7, 30), new(7, 2), new(2, 2)
     covariance = root @ root.T + 0.1 * torch.eye(2, dtype=torch.float64)
     wrong = torch.tensor([True, False, True, False, False, False, True])
-    observed = weights.T @ torch.where(wrong[:, None], -X, X) + 0.1 * new(2, 30)
+    truth = torch.where(wrong[:, None], -X, X)
+    observed = weights.T @ truth + 0.1 * new(2, 30)
     normal = torch.distributions.MultivariateNormal(torch.zeros_like(covariance[0]), covariance)
 
     def likelihood(turned):
@@ -188,9 +190,9 @@ def test_rows_are_turned_while_that_raises_the_likelihood():
     found = turned_round(X, weights, observed, covariance, least=5.0)
     assert torch.equal(found, wrong)
     # A turn is made when it raises the likelihood by just more than what is asked, and only then.
-    single = torch.where(wrong[:, None], -X, X)
+    single = truth.clone()
     single[3] = -single[3]
-    gain = likelihood(torch.where(wrong[:, None], -X, X)) - likelihood(single)
+    gain = likelihood(truth) - likelihood(single)
     assert bool(turned_round(single, weights, observed, covariance, least=0.999 * gain)[3])
     assert not turned_round(single, weights, observed, covariance, least=1.001 * gain).any()
 
