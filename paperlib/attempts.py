@@ -181,7 +181,8 @@ class Attempts(Stages):
         It begins at the spectral start, or at candidates that explain almost everything: then a
         sample with a tiny |alpha| is missing, which stands out once the others are known.
 
-        Its means know their signs, and p near d n has no d equations to spare for a lift.
+        In every second start the lengths of the means are free (see `MessagePassing.run`). The
+        means know their signs, and p near d n has no d equations to spare for a lift.
         """
         name = "message passing"
         begun = self._announce(name, restart)
@@ -199,7 +200,9 @@ class Attempts(Stages):
             self.passing.begin()
         if kept is not None:
             self.passing.resume(kept)
-        beliefs = self.passing.run(ITERATIONS, on_step=self.progress.step)
+        beliefs = self.passing.run(
+            ITERATIONS, on_sphere=restart % 2 == 0, on_step=self.progress.step
+        )
         self.passing.forget_scores()
         seconds = time.perf_counter() - begun
         for k, share in enumerate(beliefs.history, 1):

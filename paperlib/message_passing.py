@@ -69,7 +69,7 @@ TURN = 5.0
 
 # Beliefs that learned nothing (variance above DEAD of the prior's) start again from the residual
 # every REVIVE iterations, as does the weaker of two that are the same (|cosine| above SAME).
-REVIVE, DEAD, SAME = 30, 0.9, 0.9
+REVIVE, DEAD, SAME = 30, 0.9, 0.95
 
 # Iterations end when the beliefs are this narrow, or when the residual stops falling.
 NARROW = 2e-3
@@ -206,7 +206,7 @@ class MessagePassing:
                 stop = min(start + height, block.stop)
                 yield block.weights[start - block.start : stop - block.start], slice(start, stop)
 
-    def step(self, *, learn_alpha: bool) -> float:
+    def step(self, *, learn_alpha: bool, on_sphere: bool = True) -> float:
         """One iteration: two products with V. Returns the unexplained share before it."""
         n, C, p, d = self.n, self.C, self.p, self.model.d
         new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=self.X.device)  # noqa: E731
@@ -266,9 +266,10 @@ class MessagePassing:
         covariance = torch.linalg.inv(precision)
         X = (covariance @ (R.double() / S.double()[:, None] + tie @ R_L.double())).float()
         covariance = covariance.float()
-        # x is on the sphere, so a mean that leaves the variance tau has the square length
-        # d (1 - tau). With any other, a short mean and a large alpha explain theta as well.
-        X = to_sphere(X) * (1 - covariance.diagonal()).clamp(min=0).sqrt()[:, None]
+        if on_sphere:
+            # A mean that leaves the variance tau has the square length d (1 - tau). With any
+            # other, a short mean and a large alpha explain theta as well.
+            X = to_sphere(X) * (1 - covariance.diagonal()).clamp(min=0).sqrt()[:, None]
         self.X = torch.lerp(self.X, X, b)
         self.tau = torch.lerp(tau, covariance.diagonal(), b).clamp(1e-6, 1)
         self.L = torch.lerp(self.L, self.mu * alpha.T @ X, b)
@@ -352,12 +353,19 @@ class MessagePassing:
             setattr(self, name, copy.deepcopy(value))
 
     def run(
-        self, max_iterations: int, *, on_step: Callable[[float, Tensor], None] | None = None
+        self,
+        max_iterations: int,
+        *,
+        on_sphere: bool = True,
+        on_step: Callable[[float, Tensor], None] | None = None,
     ) -> Beliefs:
         """Iterate until the beliefs are narrow, or learn nothing more.
 
         Args:
             max_iterations: at most.
+            on_sphere: whether means get the length that points of the sphere have. Most samples
+                come out sooner so; some that are nearly opposite to another, only with free
+                lengths.
             on_step: called after each iteration with the unexplained share and the means.
         """
         history: list[float] = []
@@ -368,7 +376,7 @@ class MessagePassing:
                 self.revive()
                 revived = k
             before = self._state()
-            share = self.step(learn_alpha=k - revived > 2)
+            share = self.step(learn_alpha=k - revived > 2, on_sphere=on_sphere)
             if share < least:
                 least, at_least = share, before
             elif self.guarded and self.pace > SLOWEST and not share <= RISE * least:

@@ -198,10 +198,12 @@ class SecondOrderSolver(Attempts):
             if best.loss <= self.tolerance:
                 break
             if kept is None:
-                # Message passing finds all but a sample with a tiny |alpha| again and again: then
-                # all samples have to agree.
-                share = 1.0 if messages else AGREEMENT
-                agreed = any(same_samples(attempt.X, X, share=share) for X in self.independent)
+                # Message passing begins near the same spectral start each time: it can find all but
+                # a sample with a tiny |alpha|, or the same mixture of two, again. So all samples
+                # have to agree, and with two starts.
+                share, others = (1.0, 2) if messages else (AGREEMENT, 1)
+                met = sum(same_samples(attempt.X, X, share=share) for X in self.independent)
+                agreed = met >= others
                 best.agreed = agreed
                 self.independent.append(attempt.X)
                 if agreed:

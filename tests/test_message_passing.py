@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from paperlib import RandomFeatures, compare, fit_min_norm, reconstruct, sphere
+from paperlib import RandomFeatures, compare, fit_min_norm, photographs, reconstruct, sphere
 from paperlib.message_passing import DAMPING, SLOWER, MessagePassing, whiten
 from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart
@@ -136,14 +136,29 @@ def test_resume_finds_the_sample_with_a_tiny_coefficient():
     assert compare(X, beliefs.X).recovered(0.5, "up_to_sign") == 6
 
 
-def test_means_are_as_long_as_points_on_the_sphere_leave_them():
+@pytest.mark.parametrize("on_sphere", [True, False])
+def test_means_are_as_long_as_points_on_the_sphere_leave_them(on_sphere):
     model, theta, data = problem()
     belief = passing(model, theta, 4)
     belief.pace = 1 / DAMPING  # the new value alone
     for _ in range(3):
-        belief.step(learn_alpha=False)
+        belief.step(learn_alpha=False, on_sphere=on_sphere)
         lengths = belief.X.square().sum(1) / data.d
-        torch.testing.assert_close(lengths, 1 - belief.tau, rtol=1e-4, atol=1e-5)
+        same = torch.allclose(lengths, 1 - belief.tau, rtol=1e-4, atol=1e-5)
+        assert same == on_sphere
+
+
+def test_two_photographs_that_are_nearly_opposite_are_told_apart():
+    """Their even features are nearly one; a start with free lengths finds both."""
+    data = photographs(10, size=16, grey=True, seed=5)
+    directions = torch.nn.functional.normalize(data.X)
+    assert (directions @ directions.T).min() < -0.9
+    model = RandomFeatures(256, 5120, seed=5)
+    theta = fit_min_norm(model, data.X, data.y).reshape(1, -1)
+    options = {"start": "messages", "seed": 5, "progress": False, "max_steps": 100}
+    record = reconstruct(model, theta, 10, restarts=3, **options)
+    assert record.explained
+    assert compare(data.X, record.samples).recovered() == 10
 
 
 def believed(name, signs):
