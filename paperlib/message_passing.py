@@ -42,14 +42,12 @@ from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
 from paperlib.matrix_product import combine, project
 from paperlib.memory import bytes_of
+from paperlib.output_channel import NODES, OutputChannel
 from paperlib.projection import Linearization, significant_eigenpairs
 from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
 from paperlib.weight_gram import WeightGram
-
-# Grid of the one-dimensional integrals, in standard deviations of the belief.
-NODES, REACH = 31, 4.5
 
 # Share of the new value in every update of a run that keeps its first pace; 1 oscillates.
 DAMPING = 0.6
@@ -143,12 +141,7 @@ class MessagePassing:
         c_2 = second_moment_coefficient(model)
         self.spectral = SpectralStart(model, c_2, dtype=self.dtype, weight_gram=weight_gram)
         device = self.y.device
-        self.t = torch.linspace(-REACH, REACH, NODES, device=device)
-        self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
-        self.weight = self.log_weight.exp()
-        self.spacing = 2 * REACH / (NODES - 1)
-        rest = self._rest(self.t)
-        self.even = bool((rest - rest.flip(0)).abs().max() <= 1e-4 * rest.abs().max())
+        self.channel = OutputChannel(model, device)
 
         # The same for every start: the passes over V with d columns are made once.
         self._linear_start = self.spectral.linear_part(self.y)
@@ -177,26 +170,11 @@ class MessagePassing:
         X = to_sphere(math.sqrt(d) * directions + self.jitter * noise)
         return X * overlap.sqrt()[:, None], 1 - overlap, alpha
 
-    def _rest(self, u: Tensor) -> Tensor:
-        """The activation without its linear part."""
-        return self.model.activation.value(u) - self.mu * u
-
     def _pre_activations(self, V: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Means omega of the pre-activations (n, h) and of the linear parts (C, h)."""
         both = project(torch.cat([self.X, self.L]).to(V.dtype), V)
         omega = both[: self.n].float() - self.tau[:, None] * self.g[:, part]
         return omega, both[self.n :].float() - self.L_cov @ self.g_L[:, part]
-
-    def _features(self, omega: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rest of the activation on the grid (n, h, nodes), its mean and variance (n, h)."""
-        f = self._rest(omega[:, :, None] + tau.sqrt()[:, None, None] * self.t)
-        mean = f @ self.weight
-        return f, mean, (f.square() @ self.weight - mean.square()).clamp(min=0)
-
-    def _expected_variance(self) -> Tensor:
-        """The mean over features of Var act(z_ik), (n,), for omega_i ~ N(0, 1 - tau_i)."""
-        omega = (1 - self.tau).clamp(min=0).sqrt()[:, None] * self.t
-        return self._features(omega, self.tau)[2] @ self.weight
 
     def _chunks(self):
         """Pairs (rows of V, range of features) small enough for the grid."""
@@ -213,30 +191,26 @@ class MessagePassing:
         gram, rhs, outer = new(n, n), new(n, C), new(C, C)
         back, spread, squares = new(n + C, d), new(n), new(n)
         eye = torch.eye(C, device=self.X.device)
-        alpha, tau, b = self.alpha, self.tau, DAMPING * self.pace
+        alpha, tau, b, channel = self.alpha, self.tau, DAMPING * self.pace, self.channel
 
         # The statistic of theta_k that tells most about sample i: w_i . (theta_k - all others).
         ground = self.L_cov + (self.misfit + 1e-9) * eye
-        expected = self._expected_variance()
+        expected = channel.mean_variance(tau)
         noise = ground + (alpha.T * expected) @ alpha
         others = noise - expected[:, None, None] * alpha[:, :, None] * alpha[:, None, :]
         w = torch.linalg.solve(others, alpha)  # (n, C)
         gain = (w * alpha).sum(1)  # of sample i in its own statistic
         cross = (w @ alpha.T).square().fill_diagonal_(0)  # of the others
-        # Grid points are this far apart in the statistic: no finer distinction can be drawn.
         base = torch.einsum("ic,cd,id->i", w, ground, w)
-        base = base + 0.5 * gain.square() * tau * self.spacing**2 + 1e-30
+        base = base + channel.coarseness(gain, tau) + 1e-30
         L_gain = torch.linalg.inv(noise)
 
         for V, part in self._chunks():
             omega, omega_L = self._pre_activations(V, part)
-            f, mean, variance = self._features(omega, tau)
+            f, mean, variance = channel.moments(omega, tau)
             e = self.y[:, part] - alpha.T @ mean - omega_L
-            target = w @ e + gain[:, None] * mean
-            width = base[:, None] + cross @ variance
-            misses = target[:, :, None] - gain[:, None, None] * f
-            density = torch.softmax(self.log_weight - misses.square() / (2 * width[:, :, None]), -1)
-            score = (density @ self.t) / tau.sqrt()[:, None]
+            seen = w @ e + gain[:, None] * mean
+            score = channel.score(f, tau, gain, seen, base[:, None] + cross @ variance)
             score_L = L_gain @ e
             squares += score.square().sum(1)
             spread += variance.sum(1)
@@ -254,7 +228,7 @@ class MessagePassing:
         S_L = (d / p) * noise
         R = self.X + S[:, None] * back[:n].float()
         R_L = self.L + S_L @ back[n:].float()
-        if self.even:
+        if channel.even:
             weights = self.mu * alpha
             doubt = S_L + (weights.T * tau) @ weights  # covariance of R_L about the means
             wrong = turned_round(self.X, weights, R_L, doubt, least=TURN)
@@ -305,7 +279,7 @@ class MessagePassing:
             weights = torch.where(lost[:, None], 0, self.alpha)
             for V, part in self._chunks():
                 omega, omega_L = self._pre_activations(V, part)
-                mean = self._features(omega, self.tau)[1]
+                mean = self.channel.moments(omega, self.tau)[1]
                 residual[:, part] = self.y[:, part] - weights.T @ mean - omega_L
             self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(
                 self.spectral.second_moments(residual), count

@@ -70,18 +70,6 @@ def test_whitened_outputs_are_orthonormal_and_independent():
     torch.testing.assert_close(Z @ torch.linalg.pinv(Y) @ Y, Z, rtol=1e-8, atol=1e-9)
 
 
-def test_expected_variance_against_samples():
-    model, theta, _ = problem()
-    belief = passing(model, theta, 4)
-    belief.tau = torch.tensor([1.0, 0.6, 0.2, 0.01])
-    generator = torch.Generator().manual_seed(1)
-    omega = torch.randn(4, 4000, generator=generator) * (1 - belief.tau).sqrt()[:, None]
-    noise = torch.randn(4, 4000, 200, generator=generator)
-    z = omega[:, :, None] + belief.tau.sqrt()[:, None, None] * noise
-    sampled = (torch.relu(z) - 0.5 * z).var(2).mean(1)
-    torch.testing.assert_close(belief._expected_variance(), sampled, rtol=0.05, atol=1e-5)
-
-
 def test_scores_against_a_dense_posterior():
     """The belief about z of one sample given theta: a fine grid and Bayes's rule."""
     model, theta, _ = problem(2, 20, 3.0)
@@ -97,12 +85,12 @@ def test_scores_against_a_dense_posterior():
     mean, variance = f @ prior, f.square() @ prior - (f @ prior).square()
     others = belief.y - omega_L - (alpha @ mean - alpha[:, None] * mean)
     width = alpha.flip(0).square()[:, None] * variance.flip(0) + float(belief.L_cov) + 1e-9
-    width = width + 0.5 * (alpha.square() * tau)[:, None] * belief.spacing**2
+    width = width + belief.channel.coarseness(alpha, tau)[:, None]
     misses = others[:, :, None] - alpha[:, None, None] * f
     density = torch.softmax(prior.log() - misses.square() / (2 * width[:, :, None]), -1)
     expected = (density @ t) / tau.sqrt()[:, None]
     belief.pace = 1 / DAMPING  # the new value alone
-    belief.even = False  # none is turned round
+    belief.channel.even = False  # none is turned round
     belief.step(learn_alpha=False)
     torch.testing.assert_close(belief.g, expected, rtol=0.05, atol=0.02)
 
@@ -214,7 +202,7 @@ def test_rows_are_turned_while_that_raises_the_likelihood():
 
 def test_where_the_features_tell_the_sign_no_belief_is_turned_round():
     belief, X = believed("relu+tanh", [-1.0, 1, 1, 1, 1, 1])
-    assert not belief.even
+    assert not belief.channel.even
     belief.step(learn_alpha=False)
     assert torch.nn.functional.cosine_similarity(belief.X, X)[0] < 0
 
