@@ -179,6 +179,7 @@ def test_other_bad_input_is_refused():
         "kind": "labels",
         "combination": "orthonormal",
         "lift": None,
+        "start": "auto",
         "seed": 0,
         "restarts": 1,
         "max_steps": 9,
@@ -190,6 +191,7 @@ def test_other_bad_input_is_refused():
         ({"p_over_dn": 0.01}, "at least n"),
         ({"kind": "x"}, "kind"),
         ({"kind": "unknown start", "releases": 1}, "at least 2"),
+        ({"start": "spectral"}, "start"),
         ({"dtype": "float16"}, "dtype"),
     ]
     for change, message in wrong:

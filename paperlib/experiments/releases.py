@@ -34,6 +34,7 @@ def run_release_cell(
     kind: str = "labels",
     combination: str = "orthonormal",
     lift: bool | None = None,
+    start: str = "auto",
     seed: int = 0,
     restarts: int = 3,
     max_steps: int = 200,
@@ -54,8 +55,9 @@ def run_release_cell(
             steps.
         combination: "orthonormal" rows by `combine_releases`, or the stack "as released".
         lift: the option of `reconstruct`.
+        start: the option of `reconstruct`: "auto", or "random" for descent from random candidates.
         seed: of data, labels, features and candidates.
-        restarts: most starts from random candidates.
+        restarts: most starts.
         max_steps: most steps of one stage of one restart.
         dtype: "float32" or "float64", of features and parameters.
 
@@ -78,7 +80,7 @@ def run_release_cell(
         n,
         seed=seed,
         restarts=restarts,
-        start="random",
+        start=start,
         max_steps=max_steps,
         lift=lift,
         progress=False,
@@ -137,6 +139,7 @@ def check_release_cell(
     kind: str,
     combination: str,
     lift: bool | None,
+    start: str,
     seed: int,
     restarts: int,
     max_steps: int,
@@ -162,6 +165,7 @@ def check_release_cell(
         ("kind", kind, KINDS),
         ("combination", combination, COMBINATIONS),
         ("lift", lift, (None, True, False)),
+        ("start", start, ("auto", "random")),
         ("dtype", dtype, ("float32", "float64")),
     ):
         if value not in known:
