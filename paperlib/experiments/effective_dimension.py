@@ -14,6 +14,7 @@ from paperlib.bases import cosine_basis, principal_basis
 from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, cifar10, photographs, sphere
+from paperlib.data.cifar10 import CLASSES
 from paperlib.min_norm import fit_min_norm
 from paperlib.projection import projection_loss
 from paperlib.random_features import RandomFeatures
@@ -102,7 +103,6 @@ def run_subspace_cell(
         theta,
         n,
         seed=seed,
-        start="random",
         restarts=restarts,
         max_steps=max_steps,
         progress=False,
@@ -186,8 +186,8 @@ class Pictures:
 def other_pictures(dataset: str, n: int, *, size: int, seed: int) -> tuple[DataSet, Tensor]:
     """N pictures to attack, and the rows of pictures that the attacker has instead.
 
-    For "photographs" the two come from different photographs; for "cifar10" they are different
-    pictures of the same classes.
+    For "photographs" the two come from different photographs; for "cifar10" the attacker has
+    pictures of the eight classes that are not under attack.
 
     Raises:
         ValueError: for another data set.
@@ -200,9 +200,10 @@ def other_pictures(dataset: str, n: int, *, size: int, seed: int) -> tuple[DataS
         ]
         return data, torch.cat(known)
     if dataset == "cifar10":
-        # A larger choice with the same seed extends a smaller one.
-        known = cifar10(n + KNOWN_CIFAR10, seed=seed)
-        return cifar10(n, seed=seed), known.X[n:]
+        data = cifar10(n, seed=seed)
+        others = [name for name in CLASSES if name not in data.class_names]
+        known = cifar10(KNOWN_CIFAR10, others, labels="one-hot", seed=seed)
+        return data, known.X
     raise ValueError(f"dataset must be photographs or cifar10, got {dataset!r}")
 
 
@@ -246,7 +247,6 @@ def attack_pictures(
         theta,
         n,
         seed=seed,
-        start="random",
         restarts=restarts,
         max_steps=max_steps,
         tolerance=1e-6,
