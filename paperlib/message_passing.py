@@ -140,8 +140,7 @@ class MessagePassing:
         self.mu = model.linear_coefficient
         c_2 = second_moment_coefficient(model)
         self.spectral = SpectralStart(model, c_2, dtype=self.dtype, weight_gram=weight_gram)
-        device = self.y.device
-        self.channel = OutputChannel(model, device)
+        self.channel = OutputChannel(model, self.y.device)
 
         # The same for every start: the passes over V with d columns are made once.
         self._linear_start = self.spectral.linear_part(self.y)

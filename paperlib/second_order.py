@@ -203,10 +203,9 @@ class SecondOrderSolver(Attempts):
                 # have to agree, and with two starts.
                 share, others = (1.0, 2) if messages else (AGREEMENT, 1)
                 met = sum(same_samples(attempt.X, X, share=share) for X in self.independent)
-                agreed = met >= others
-                best.agreed = agreed
+                best.agreed = met >= others
                 self.independent.append(attempt.X)
-                if agreed:
+                if best.agreed:
                     break
             self.saved.keep(self.state() | {"restart": restart + 1})
         return self.best

@@ -85,7 +85,7 @@ def test_scores_against_a_dense_posterior():
     mean, variance = f @ prior, f.square() @ prior - (f @ prior).square()
     others = belief.y - omega_L - (alpha @ mean - alpha[:, None] * mean)
     width = alpha.flip(0).square()[:, None] * variance.flip(0) + float(belief.L_cov) + 1e-9
-    width = width + belief.channel.coarseness(alpha, tau)[:, None]
+    width = width + 0.5 * (alpha.square() * tau)[:, None] * belief.channel.spacing**2
     misses = others[:, :, None] - alpha[:, None, None] * f
     density = torch.softmax(prior.log() - misses.square() / (2 * width[:, :, None]), -1)
     expected = (density @ t) / tau.sqrt()[:, None]
