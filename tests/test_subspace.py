@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.fft import dctn
 
 from paperlib import (
@@ -20,6 +21,8 @@ from paperlib import (
     reconstruct,
     sphere,
 )
+from paperlib.data.cifar10 import CLASSES
+from paperlib.experiments import effective_dimension
 from paperlib.experiments.effective_dimension import (
     attack_pictures,
     boxed_error,
@@ -240,6 +243,31 @@ def test_the_attacker_never_sees_the_photographs_under_attack():
     assert {name.split(":")[0] for name in data.names} == {"flower", "rocket"}
     cosines = data.X @ others.T / data.d
     assert len(others) > 300 and float(cosines.max()) < 0.999
+
+
+def test_nor_the_classes_of_cifar10_under_attack(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    stored = {}
+    for name in CLASSES:
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            picture = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / f"{i}.png")
+            stored[name, i] = picture
+    monkeypatch.setenv("PAPERLIB_CIFAR10", str(tmp_path))
+    monkeypatch.setattr(effective_dimension, "KNOWN_CIFAR10", 8 * 3)
+    other_pictures.cache_clear()
+    data, others = other_pictures("cifar10", 4, size=8, seed=0)
+    other_pictures.cache_clear()
+    assert {name.split(":")[0] for name in data.names} == {"frog", "truck"}
+    # All that the attacker has, and nothing else: every picture of the eight other classes.
+    rows = [p / 255.0 for (name, _), p in stored.items() if name not in ("frog", "truck")]
+    expected = torch.tensor(np.stack(rows).reshape(24, -1), dtype=others.dtype)
+    expected = expected - expected.mean(1, keepdim=True)
+    found = torch.nn.functional.normalize(others) @ torch.nn.functional.normalize(expected).T
+    assert others.shape == (24, 192) and bool((found.amax(1) > 0.95).all())
+    assert len(set(found.argmax(1).tolist())) == 24
 
 
 def test_pictures_within_a_subspace():
