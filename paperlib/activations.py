@@ -53,6 +53,11 @@ class Activation:
         """E[act'(z)^2], the sum of all r mu_r^2."""
         return _mean_square(self.slope)
 
+    @property
+    def silent(self) -> bool:
+        """Whether act(u) = 0 for all u < 0, as for a ReLU."""
+        return not bool(self.value(torch.linspace(-8, -0.01, 100)).any())
+
     def hermite_coefficients(self, order: int) -> tuple[float, ...]:
         """The coefficients mu_0, .., mu_order of act in the normalised Hermite basis.
 

@@ -31,6 +31,9 @@ ITERATIONS = 600
 SHORT, HALVED = 2, 0.5
 PATIENCE, MOST_ROUNDS = 3, 25
 
+# A finish after rounds in bfloat16 gives up when so many steps no longer halve the loss.
+IMPATIENT = {"stall_steps": 4, "stall_ratio": 0.5}
+
 # From so many numbers per unknown of all candidates on, those that explain theta hold all samples.
 TOLD = 1.5
 
@@ -116,7 +119,37 @@ class Attempts(Stages):
     def _attempt_in_subspaces(
         self, restart: int, X: Tensor | None = None, fallback: dict[str, Any] | None = None
     ) -> Attempt:
-        """Rounds of a search in few directions and a short descent in all, then the finish.
+        """Rounds of searches and descents, then the finish; see `_rounds`."""
+        best = self._rounds(restart, X, fallback)
+        self.eliminated = eliminate(best, self.n).losses
+        brief = best.loss > PROMISING
+        point = self._finish(best.X, restart, brief=brief, **(self._trial_rule()))
+        return self._concluded(self._sharpened(point, restart), restart)
+
+    def _trial_rule(self) -> dict[str, float]:
+        """When a finish gives up: soon, where the bulk stage can be had in a finer format."""
+        return IMPATIENT if self.bulk == torch.bfloat16 else {}
+
+    def _sharpened(self, point: Linearization, restart: int) -> Linearization:
+        """The outcome of more rounds in float32, if those in bfloat16 left samples missing.
+
+        Their residual is below what bfloat16 can tell from its own rounding.
+        """
+        if self.bulk != torch.bfloat16 or not self.tolerance < point.loss <= PROMISING:
+            return point
+        if not self._sharpen():
+            return self._descend_unlifted(point.X, restart)
+        best = self._rounds(restart, point.X)
+        return self._finish(best.X, restart, brief=best.loss > PROMISING)
+
+    def _sharpen(self) -> bool:
+        """Go on in float32, if the memory allows; whether it does."""
+        return False
+
+    def _rounds(
+        self, restart: int, X: Tensor | None = None, fallback: dict[str, Any] | None = None
+    ) -> Linearization:
+        """Rounds of a search in few directions and a short descent in all.
 
         The first round can begin at candidates X (n, d), with better ones of earlier rounds.
         """
@@ -158,9 +191,7 @@ class Attempts(Stages):
             if settled or since == PATIENCE:
                 break
         self.fallback = None
-        self.eliminated = eliminate(best, self.n).losses
-        point = self._finish(best.X, restart, brief=best.loss > PROMISING)
-        return self._concluded(point, restart)
+        return best
 
     def _search(self, search: SubspaceSearch, best: Linearization | None, restart: int) -> Tensor:
         """Candidates (n, d) from one search, logged."""
@@ -221,8 +252,13 @@ class Attempts(Stages):
             return self._attempt_in_subspaces(restart, X, trial)
         if stage in ("bulk", "eliminate"):
             return self._attempt(X, restart)
-        signed = stage == "finish"
-        point = self._descend_unlifted(X, restart) if signed else self._finish(X, restart)
+        rule = self._trial_rule() if searched and trial is None else {}
+        if stage == "finish":
+            point = self._descend_unlifted(X, restart, **rule)
+        else:
+            point = self._finish(X, restart, **rule)
+        if rule:
+            point = self._sharpened(point, restart)
         if trial is not None and trial["loss"] < point.loss:
             point = self._evaluate(trial["X"].to(self.theta), lifted=False, exact=True)
         return self._concluded(point, restart, math.inf if trial is None else trial["loss"])

@@ -86,6 +86,7 @@ class FeatureMap(ABC):
         odd: whether phi(-x) = -phi(x), so that a sample is known only up to its sign.
         rounds_to_int8: whether `blocks` can round their weights to 8 bits.
         gaussian_weights: whether the weights are i.i.d. N(0, 1/d), never trained.
+        projected_off: (r, p) orthonormal rows whose span was taken out of the features, if any.
     """
 
     d: int
@@ -96,6 +97,12 @@ class FeatureMap(ABC):
     odd: bool = False
     rounds_to_int8: bool = False
     gaussian_weights: bool = False
+    projected_off: Tensor | None = None
+
+    @property
+    def random_features(self) -> FeatureMap | None:
+        """What these features are but for `projected_off`, where that has weights V."""
+        return self if hasattr(self, "weight_blocks") else None
 
     @property
     def held(self) -> slice:

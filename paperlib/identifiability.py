@@ -68,10 +68,23 @@ def independent_rows(theta: Tensor, *, cutoff: float = 1e-6) -> int:
 def numbers_per_unknown(model: FeatureMap, theta: Tensor, n: int) -> float:
     """C p / (n (d - 1 + C)) for C independent outputs: p / (d n) for one.
 
-    Outputs count as far as they are independent, and n samples span no more than n of them.
+    Outputs count as far as they are independent, and n samples span no more than n of them. What
+    is projected off the features are equations less.
     """
     outputs = min(n, independent_rows(theta))
-    return outputs * model.p / (n * (model.d - 1 + outputs))
+    p = model.p - (0 if model.projected_off is None else len(model.projected_off))
+    return outputs * p / (n * (model.d - 1 + outputs))
+
+
+def determines(model: FeatureMap, theta: Tensor, n: int) -> bool:
+    """Whether there are more equations than unknown numbers.
+
+    A ReLU that is off at all n samples says nothing of them but that: its feature is zero there and
+    nearby. A share of 2^-n of the equations is lost so, half of them for a single sample.
+    """
+    plain = model.random_features
+    silent = plain is not None and plain.activation.silent
+    return numbers_per_unknown(model, theta, n) * (1 - 0.5**n if silent else 1) > 1
 
 
 def coefficients(model: FeatureMap, theta: Tensor, X: Tensor) -> Tensor:

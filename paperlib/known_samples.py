@@ -18,7 +18,6 @@ from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.feature_map import FeatureBlock, FeatureMap
-from paperlib.identifiability import independent_rows
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.projection import Linearization
 from paperlib.reconstruct import reconstruct
@@ -38,7 +37,7 @@ class WithoutKnown(FeatureMap):
     Attributes:
         inner: the model.
         lift: whether the linear part of the features is projected off as well.
-        Q: (r, p) orthonormal basis of what is projected off.
+        projected_off: Q, (r, p), orthonormal basis of what is projected off.
     """
 
     def __init__(self, model: FeatureMap, known: Tensor, *, lift: bool = False):
@@ -70,11 +69,18 @@ class WithoutKnown(FeatureMap):
             columns = torch.cat([block.weights for block in model.blocks()]).double().T  # (d, p)
             spanning = torch.cat([spanning, columns * (spanning.norm() / columns.norm())])
         _, singular, rows = torch.linalg.svd(spanning, full_matrices=False)
-        self.Q = rows[singular > DEPENDENT * singular[0]].to(model.dtype)
+        self.projected_off = rows[singular > DEPENDENT * singular[0]].to(model.dtype)
+
+    @property
+    def random_features(self) -> FeatureMap | None:
+        """Those of the model; none when the linear part, or anything else, is taken out as well."""
+        plain = not self.lift and self.inner.projected_off is None
+        return self.inner.random_features if plain else None
 
     def off(self, W: Tensor) -> Tensor:
         """Rows of W, (n, p), without their part in the span of the known features."""
-        return W - (W @ self.Q.T) @ self.Q
+        Q = self.projected_off
+        return W - (W @ Q.T) @ Q
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """One block with all features."""
@@ -134,7 +140,8 @@ def reconstruct_unknown(
 ) -> Reconstruction:
     """Find the n samples that are not known, given those that are.
 
-    n (d - 1) + n C numbers are to be found in C (p - m) equations, m samples being known.
+    n (d - 1) + n C numbers are to be found in C (p - m) equations, m samples being known. For a
+    ReLU, of which a share of 2^-n is off at all n samples, this share does not count.
 
     Args:
         model: the feature map phi.
@@ -164,10 +171,7 @@ def reconstruct_unknown(
     room = model.d + len(known) + n <= LIFT_SHARE * model.p
     if not record.explained and second_order and model.linear_coefficient and room:
         record = _lifted(rest, theta, left, n, record, options)
-    outputs = min(n, independent_rows(left))
-    identifiable = outputs * (model.p - len(rest.Q)) > n * (model.d - 1 + outputs)
-    status = conclude(record.loss, record.options["tolerance"], identifiable=identifiable)
-    return replace(record, identifiable=identifiable, status=status)
+    return record
 
 
 def _lifted(
@@ -191,11 +195,14 @@ def _lifted(
         max_steps=before.options["max_steps"],
     )
     better = finish.point.loss < before.loss
+    loss = finish.point.loss if better else before.loss
+    tolerance = before.options["tolerance"]
     return replace(
         before,
         samples=finish.point.X if better else before.samples,
-        loss=finish.point.loss if better else before.loss,
-        explained=min(finish.point.loss, before.loss) <= before.options["tolerance"],
+        loss=loss,
+        explained=loss <= tolerance,
+        status=conclude(loss, tolerance, identifiable=before.identifiable),
         history=before.history + record.history,
         stages=before.stages + record.stages,
         passes=before.passes + record.passes + finish.passes + 2,

@@ -21,6 +21,10 @@ they are drawn at random at the start. A strong belief that has the wrong one do
 itself: the tie presses the linear part that it lacks into all weaker ones, none of which then comes
 out. So beliefs are turned round whenever the linear part is clearly explained better that way.
 
+Where the features are projected off the span of rows Q, as those of known samples are, what was
+taken out of phi(x_i) is given back: theta_k = sum_i alpha_i act(z_ik) + c . Q_k, c being regressed
+along with alpha. So a parameter still speaks of its own pre-activations alone.
+
 Sources: generalised approximate message passing, Rangan 2011 (arXiv 1010.5141); committee machines,
 Aubin et al. 2018 (arXiv 1806.05451); the spectral start, Mondelli and Venkataramanan 2021 (arXiv
 2010.03460). The sum over the other samples is taken as Gaussian here, which makes every integral
@@ -40,10 +44,12 @@ from torch import Tensor
 
 from paperlib.elimination import DOUBT, doubtful_candidates
 from paperlib.feature_map import FeatureMap
+from paperlib.input_channel import tied_posterior
 from paperlib.matrix_product import combine, project
 from paperlib.memory import bytes_of
 from paperlib.output_channel import NODES, OutputChannel
 from paperlib.projection import Linearization, significant_eigenpairs
+from paperlib.separation import Separation
 from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
@@ -60,7 +66,7 @@ ALPHA_DAMPING = 0.2
 RISE, SLOWER, SLOWEST = 2.5, 0.6, 0.1
 
 # What one iteration hands to the next.
-STATE = ("X", "tau", "alpha", "L", "L_cov", "misfit", "g", "g_L")
+STATE = ("X", "tau", "alpha", "c", "L", "L_cov", "misfit", "g", "g_L")
 
 # A belief is turned round where that raises the log-likelihood of the linear part by this much.
 TURN = 5.0
@@ -124,7 +130,7 @@ class MessagePassing:
         """Begin at the outlying eigenvectors of the second moment of theta.
 
         Args:
-            model: random features, with weights V.
+            model: random features, with weights V, or those with rows projected off.
             theta: (C, p).
             n: how many samples.
             generator: source of the perturbation of the start.
@@ -132,15 +138,18 @@ class MessagePassing:
             dtype: of the products with V, the model's if None.
             weight_gram: V^T V in that dtype, where it is there already.
         """
-        self.model, self.n = model, n
+        self.whole, self.n = model, n
+        off = model.projected_off
+        self.model = model = model.random_features
         self.dtype = model.dtype if dtype is None else dtype
         self.jitter, self.generator = jitter, generator
         self.y = whiten(theta).float()
         self.C, self.p = self.y.shape
-        self.mu = model.linear_coefficient
+        self.Q = self.y.new_empty(0, self.p) if off is None else off.float()
+        self.mu = model.activation.linear_coefficient
         c_2 = second_moment_coefficient(model)
         self.spectral = SpectralStart(model, c_2, dtype=self.dtype, weight_gram=weight_gram)
-        self.channel = OutputChannel(model, self.y.device)
+        self.channel = OutputChannel(model.activation, self.y.device)
 
         # The same for every start: the passes over V with d columns are made once.
         self._linear_start = self.spectral.linear_part(self.y)
@@ -156,6 +165,7 @@ class MessagePassing:
         self.X, self.tau, self.alpha = self._fresh(self._moments, self.n)
         self.g = torch.zeros(self.n, self.p, device=device)
         self.g_L = torch.zeros_like(self.y)
+        self._give_back()
         self.misfit = 0.0
         self.pace = 1.0  # of the updates, lowered where they overshoot
         self.guarded = True  # against overshooting
@@ -183,39 +193,44 @@ class MessagePassing:
                 stop = min(start + height, block.stop)
                 yield block.weights[start - block.start : stop - block.start], slice(start, stop)
 
+    def _give_back(self) -> None:
+        """Regress c (r, C) on what the means and the linear part leave."""
+        left = torch.zeros(len(self.Q), self.C, device=self.y.device)
+        for V, part in self._chunks() if len(self.Q) else ():
+            omega, omega_L = self._pre_activations(V, part)
+            mean = self.channel.moments(omega, self.tau)[1]
+            left += self.Q[:, part] @ (self.y[:, part] - self.alpha.T @ mean - omega_L).T
+        self.c = left
+
     def step(self, *, learn_alpha: bool, on_sphere: bool = True) -> float:
         """One iteration: two products with V. Returns the unexplained share before it."""
         n, C, p, d = self.n, self.C, self.p, self.model.d
         new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=self.X.device)  # noqa: E731
         gram, rhs, outer = new(n, n), new(n, C), new(C, C)
+        seen_off, mean_off = new(len(self.Q), C), new(len(self.Q), n)
         back, spread, squares = new(n + C, d), new(n), new(n)
         eye = torch.eye(C, device=self.X.device)
         alpha, tau, b, channel = self.alpha, self.tau, DAMPING * self.pace, self.channel
 
-        # The statistic of theta_k that tells most about sample i: w_i . (theta_k - all others).
         ground = self.L_cov + (self.misfit + 1e-9) * eye
-        expected = channel.mean_variance(tau)
-        noise = ground + (alpha.T * expected) @ alpha
-        others = noise - expected[:, None, None] * alpha[:, :, None] * alpha[:, None, :]
-        w = torch.linalg.solve(others, alpha)  # (n, C)
-        gain = (w * alpha).sum(1)  # of sample i in its own statistic
-        cross = (w @ alpha.T).square().fill_diagonal_(0)  # of the others
-        base = torch.einsum("ic,cd,id->i", w, ground, w)
-        base = base + channel.coarseness(gain, tau) + 1e-30
+        separation = Separation(channel, alpha, tau, ground)
+        noise = separation.noise
         L_gain = torch.linalg.inv(noise)
 
         for V, part in self._chunks():
             omega, omega_L = self._pre_activations(V, part)
             f, mean, variance = channel.moments(omega, tau)
-            e = self.y[:, part] - alpha.T @ mean - omega_L
-            seen = w @ e + gain[:, None] * mean
-            score = channel.score(f, tau, gain, seen, base[:, None] + cross @ variance)
+            y, Q = self.y[:, part] - omega_L, self.Q[:, part]
+            e = y - self.c.T @ Q - alpha.T @ mean
+            score = separation.scores(e, f, mean, variance)
             score_L = L_gain @ e
             squares += score.square().sum(1)
             spread += variance.sum(1)
             outer += e @ e.T
             gram += mean @ mean.T
-            rhs += mean @ (self.y[:, part] - omega_L).T
+            rhs += mean @ y.T
+            seen_off += Q @ y.T
+            mean_off += Q @ mean.T
             self.g[:, part] = torch.lerp(self.g[:, part], score, b)
             self.g_L[:, part] = torch.lerp(self.g_L[:, part], score_L, b)
             scores = torch.cat([self.g[:, part], self.g_L[:, part]])
@@ -233,10 +248,7 @@ class MessagePassing:
             wrong = turned_round(self.X, weights, R_L, doubt, least=TURN)
             for rows in (self.X, R, self.g):
                 rows[wrong] *= -1
-        # Prior: x ~ N(0, I), and the linear part is mu_1 sum_i alpha_i x_i.
-        tie = self.mu * torch.linalg.solve(S_L.double(), alpha.double().T).T  # (n, C)
-        precision = torch.diag(1 + 1 / S.double()) + self.mu * tie @ alpha.double().T
-        covariance = torch.linalg.inv(precision)
+        covariance, tie = tied_posterior(S, S_L, alpha, self.mu)
         X = (covariance @ (R.double() / S.double()[:, None] + tie @ R_L.double())).float()
         covariance = covariance.float()
         if on_sphere:
@@ -256,8 +268,11 @@ class MessagePassing:
         if learn_alpha:
             ridge = float(expected.trace()) / C / max(float(alpha.square().mean()), 1e-12)
             ridge = ridge * torch.eye(n, dtype=torch.float64, device=gram.device)
+            # With c eliminated: Q is orthonormal.
+            gram, rhs = gram - mean_off.T @ mean_off, rhs - mean_off.T @ seen_off
             learned = torch.linalg.solve(gram + ridge, rhs).float()
             self.alpha = torch.lerp(alpha, learned, ALPHA_DAMPING * self.pace**2)
+        self.c = torch.lerp(self.c, (seen_off - mean_off @ self.alpha.double()).float(), b)
         return misses / C
 
     def revive(self) -> int:
@@ -279,7 +294,8 @@ class MessagePassing:
             for V, part in self._chunks():
                 omega, omega_L = self._pre_activations(V, part)
                 mean = self.channel.moments(omega, self.tau)[1]
-                residual[:, part] = self.y[:, part] - weights.T @ mean - omega_L
+                residual[:, part] = self.y[:, part] - self.c.T @ self.Q[:, part]
+                residual[:, part] -= weights.T @ mean + omega_L
             self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(
                 self.spectral.second_moments(residual), count
             )
@@ -295,7 +311,7 @@ class MessagePassing:
         Args:
             X: (n, d) candidates.
         """
-        point = Linearization(self.model, self.y.to(self.model.dtype), X)
+        point = Linearization(self.whole, self.y.to(self.model.dtype), X)
         doubtful = doubtful_candidates(point)
         self.alpha = point.alpha.float()
         share = self.C * point.loss / self.alpha.square().sum(1).clamp(min=1e-12)
@@ -310,6 +326,7 @@ class MessagePassing:
         self.guarded = False
         self.g.zero_()
         self.g_L.zero_()
+        self._give_back()
         self.revive()
 
     def forget_scores(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib.feature_map import FeatureMap
+from paperlib.activations import Activation
 
 # Grid of the integrals, in standard deviations of the belief.
 NODES, REACH = 31, 4.5
@@ -26,13 +26,14 @@ class OutputChannel:
 
     Attributes:
         mu: mu_1, the coefficient of the linear part that is taken off the activation.
+        t: (nodes,) the grid, in standard deviations of the belief.
         even: whether f is even, so that no feature tells z from -z.
     """
 
-    def __init__(self, model: FeatureMap, device: torch.device):
-        """The activation of the model, and a grid in float32 on that device."""
-        self.activation = model.activation
-        self.mu = model.linear_coefficient
+    def __init__(self, activation: Activation, device: torch.device | str):
+        """An activation, and a grid in float32 on that device."""
+        self.activation = activation
+        self.mu = activation.linear_coefficient
         self.t = torch.linspace(-REACH, REACH, NODES, device=device)
         self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
         self.weight = self.log_weight.exp()

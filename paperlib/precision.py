@@ -6,6 +6,9 @@ in the fastest format of the device; the finish evaluates loss and gradient in t
 dtype and keeps the fast format for the products inside conjugate gradients only, which works like
 iterative refinement.
 
+What samples with a small |alpha| leave in the loss can lie below the rounding of bfloat16. Where
+searches in it end and the finish does not explain the parameters, they go on in float32.
+
 float16 is a way to store V, not to compute: it halves the memory on devices without fast
 bfloat16. Rows of V are widened to float32 tile by tile, on their way into the product, and tiles
 are small enough to stay in the cache.
@@ -91,9 +94,21 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
             return Formats(model.dtype, model.dtype)
         if fast_bfloat16(model.device):
             return Formats(torch.bfloat16, torch.bfloat16)
-        if model.rounds_to_int8 and model.d >= INT8_DIMENSION and fast_int8(model.device):
-            bulk = "int8"
+        return single_formats(model)
+    return single_formats(model, int8=True)
+
+
+def single_formats(model: FeatureMap, *, int8: bool | None = None) -> Formats:
+    """Loss and gradient of the bulk stage in float32.
+
+    Args:
+        model: the feature map.
+        int8: whether products are in it; where that is fast and d is large, if None.
+    """
+    if int8 is None:
+        large = model.rounds_to_int8 and model.d >= INT8_DIMENSION
+        int8 = large and fast_int8(model.device)
     fits = getattr(model, "keeps", lambda dtype: True)
     narrow = not fits(torch.float32) and fits(torch.float16)
     exact = torch.float16 if narrow else torch.float32
-    return Formats(exact, torch.int8 if bulk == "int8" else exact)
+    return Formats(exact, torch.int8 if int8 else exact)

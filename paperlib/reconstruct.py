@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paperlib.checks import check_count, check_positive, check_range, check_theta
 from paperlib.feature_map import FeatureMap
-from paperlib.identifiability import numbers_per_unknown
+from paperlib.identifiability import determines
 from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
@@ -110,7 +110,7 @@ def reconstruct(
             )
         found["seconds"] = saved.seconds
         saved.finish(found)
-    identifiable = numbers_per_unknown(model, theta, n) > 1
+    identifiable = determines(model, theta, n)
     return Reconstruction(
         samples=found["samples"].to(theta),
         loss=found["loss"],
@@ -175,7 +175,8 @@ def second_order_options(
         bulk: arithmetic of the bulk stage: "auto", "bfloat16", "float16" (V stored in half the
             bytes, arithmetic in float32), "float32", "float64", or "int8" (for the products
             inside the linear solves; loss and gradient in float32). "auto" is the fastest that
-            the device has instructions for (see `precision.py`).
+            the device has instructions for (see `precision.py`). Searches that leave samples
+            missing in "bfloat16" go on in float32.
         keep: what stays of the activations between passes: "features and slopes", the "inputs"
             that both follow from, "nothing" (half as long again), or "auto", by what fits.
         forcing: relative residual of the inner linear solves.

@@ -29,7 +29,7 @@ from paperlib.identifiability import numbers_per_unknown
 from paperlib.lift import Lift
 from paperlib.memory import check_memory, choose_kept, make_room
 from paperlib.message_passing import message_bytes
-from paperlib.precision import bulk_formats
+from paperlib.precision import bulk_formats, single_formats
 from paperlib.progress import Progress
 from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
@@ -102,10 +102,8 @@ class SecondOrderSolver(Attempts):
             saved=saved,
         )
         self.ratio = numbers_per_unknown(model, theta, n)
-        possible = (
-            hasattr(model, "weight_blocks")
-            and abs(second_moment_coefficient(model)) > LEAST_SECOND_MOMENT
-        )
+        plain = model.random_features
+        possible = plain is not None and abs(second_moment_coefficient(plain)) > LEAST_SECOND_MOMENT
         if start in ("messages", "subspace") and not possible:
             raise ValueError(
                 f"start={start!r} needs a model with weights V and an activation with a second "
@@ -119,7 +117,7 @@ class SecondOrderSolver(Attempts):
         self.restarts = restarts
         lifted = self._lifts(lift)
         # A linear part that is not lifted would drown the second moment.
-        liftable = lifted or abs(model.linear_coefficient) < 1e-6
+        liftable = plain is model and (lifted or abs(model.linear_coefficient) < 1e-6)
         if start == "subspace" and not liftable:
             raise ValueError("start='subspace' needs the lift: lift=None or True, and larger p")
         self.always_searches = start == "subspace"
@@ -159,6 +157,25 @@ class SecondOrderSolver(Attempts):
         seconds = time.perf_counter() - begun
         self._log(stage_record("lift", dtype, "done", math.nan, 0, 0, seconds, 0))
         return lift
+
+    def _sharpen(self) -> bool:
+        """Go on in float32, if the memory allows; whether it does."""
+        model = self.model
+        model.release(self.bulk)
+        formats = single_formats(model)
+        make_room(model, formats)
+        sizes = (self.candidates, len(self.theta), formats)
+        keep = choose_kept(model, *sizes, n=self.n)
+        try:
+            check_memory(model, *sizes, n=self.n, keep=keep)
+        except MemoryError:
+            return False
+        self.bulk, self.products = formats
+        self.keep = keep
+        if self.lift is not None:
+            self.lift = None  # V^T V twice would be more than was foreseen
+            self.lift = self._make_lift()
+        return True
 
     def solve(self) -> Attempt:
         """Run restarts until one explains the parameters; the best by loss otherwise.

@@ -135,26 +135,34 @@ class Stages:
         self.fallback = None
         return point
 
-    def _finish(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+    def _finish(
+        self, X: Tensor, restart: int, *, brief: bool = False, **stall: float
+    ) -> Linearization:
         """Refine the n candidates, settle their signs, and minimise the unlifted loss."""
         if self.lift is None:
-            return self._descend_unlifted(X, restart, brief=brief)
+            return self._descend_unlifted(X, restart, brief=brief, **stall)
         # Signs of samples with a small |alpha| need directions that are exact; a lift in
         # bfloat16 cannot give them, and the reseeding below has to find such samples.
         if not brief and self.lift.dtype != torch.bfloat16:
             target = max(FLOOR[self.model.dtype], SHARP * self.tolerance)
             X = self._descend("refine", X, restart, target, lifted=True, exact=True).X
-        return self._settle(X, restart, brief=brief)
+        return self._settle(X, restart, brief=brief, **stall)
 
-    def _settle(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+    def _settle(
+        self, X: Tensor, restart: int, *, brief: bool = False, **stall: float
+    ) -> Linearization:
         """Settle the signs of the candidates and minimise the unlifted loss."""
         X = settle_signs(self.model, self.theta, X)
         self.passes += 2
-        return self._descend_unlifted(X, restart, brief=brief)
+        return self._descend_unlifted(X, restart, brief=brief, **stall)
 
-    def _descend_unlifted(self, X: Tensor, restart: int, *, brief: bool = False) -> Linearization:
+    def _descend_unlifted(
+        self, X: Tensor, restart: int, *, brief: bool = False, **stall: float
+    ) -> Linearization:
         target = min(FLOOR[self.model.dtype], self.tolerance)
-        return self._descend("finish", X, restart, target, lifted=False, exact=True, brief=brief)
+        return self._descend(
+            "finish", X, restart, target, lifted=False, exact=True, brief=brief, **stall
+        )
 
     def _descend(
         self,

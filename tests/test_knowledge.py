@@ -96,7 +96,7 @@ def test_wrong_signs_are_mended_by_a_lifted_attempt():
 def test_samples_known_twice_count_once():
     model = RandomFeatures(D, P, seed=1, dtype=DOUBLE)
     known = sphere(M, D, seed=4, dtype=DOUBLE).X
-    assert len(WithoutKnown(model, torch.cat([known, known])).Q) == M
+    assert len(WithoutKnown(model, torch.cat([known, known])).projected_off) == M
 
 
 def test_what_is_known_need_not_be_found():
@@ -110,6 +110,29 @@ def test_what_is_known_need_not_be_found():
     assert compare(data.X[:k], record.samples).recovered() == k
     alone = reconstruct(model, theta, n, restarts=1, max_steps=20, progress=False)
     assert compare(data.X, alone.samples).recovered() < n and not alone.identifiable
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_near_one_equation_a_number_the_unknown_are_found_by_messages(seed):
+    """Not by descent alone."""
+    n, d, k = 8, 60, 4
+    data = sphere(n, d, seed=seed)
+    model = RandomFeatures(d, n - k + round(1.3 * d * k), seed=seed)
+    theta = fit_min_norm(model, data.X, data.y)
+    found = {}
+    for start in ("auto", "random"):
+        options = {"start": start, "restarts": 5, "seed": seed, "progress": False}
+        record = reconstruct_unknown(model, theta, k, data.X[k:], **options)
+        found[start] = compare(data.X[:k], record.samples).recovered()
+    assert found["auto"] == k > found["random"]
+
+
+def test_features_that_are_zero_at_all_unknown_samples_do_not_tell():
+    ratio = 1.8
+    for k, name, share in ((1, "relu", 0.5), (2, "relu", 0.75), (1, "relu+tanh", 1.0)):
+        cell = run_informed_cell(4, 100, k, ratio, name, restarts=1, max_steps=1)
+        assert cell["telling"] == pytest.approx(share * ratio, rel=0.1)
+        assert cell["identifiable"] == (share * ratio > 1)
 
 
 def test_known_samples_use_equations_up():

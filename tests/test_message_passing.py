@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paperlib import RandomFeatures, compare, fit_min_norm, photographs, reconstruct, sphere
+from paperlib.known_samples import WithoutKnown
 from paperlib.message_passing import DAMPING, SLOWER, MessagePassing, whiten
 from paperlib.signs import turned_round
 from paperlib.spectral_start import SpectralStart
@@ -122,6 +123,28 @@ def test_resume_finds_the_sample_with_a_tiny_coefficient():
     assert int(belief.tau.argmax()) == 5
     beliefs = belief.run(300)
     assert compare(X, beliefs.X).recovered(0.5, "up_to_sign") == 6
+
+
+def test_what_was_projected_off_is_given_back():
+    """At the truth, what the known samples' span took of the unknown ones' features is c . Q."""
+    model = RandomFeatures(20, 240, "relu+tanh", seed=0)
+    X = sphere(5, 20, 0).X
+    rest = WithoutKnown(model, X[2:])
+    alpha = torch.tensor([[0.8, -0.6]])
+    left = rest.off(alpha @ model.features(X[:2]))
+    belief = passing(rest, left, 2)
+    belief.X, belief.tau = X[:2].clone(), torch.full((2,), 1e-6)
+    belief.alpha = alpha.T / left.square().mean().sqrt()
+    belief.L = belief.mu * belief.alpha.T @ belief.X
+    belief._give_back()
+    Q = rest.projected_off
+    expected = -(Q @ model.features(X[:2]).T) @ belief.alpha
+    torch.testing.assert_close(belief.c, expected, rtol=1e-2, atol=2e-2)
+    belief.pace = 1 / DAMPING  # the new value alone
+    assert belief.step(learn_alpha=False) < 1e-4
+    torch.testing.assert_close(belief.c, expected, rtol=1e-2, atol=2e-2)
+    belief.c = torch.zeros_like(belief.c)
+    assert belief.step(learn_alpha=False) > 1e-3
 
 
 @pytest.mark.parametrize("on_sphere", [True, False])

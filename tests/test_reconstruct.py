@@ -82,12 +82,19 @@ def test_a_search_that_fails_claims_nothing():
 
 
 @pytest.mark.parametrize(
-    ("p", "C", "identifiable"),
-    [(100, 1, False), (101, 1, True), (52, 2, False), (53, 2, True)],
+    ("name", "p", "C", "identifiable"),
+    [
+        ("relu+tanh", 100, 1, False),
+        ("relu+tanh", 101, 1, True),
+        ("relu+tanh", 52, 2, False),
+        ("relu+tanh", 53, 2, True),
+        ("relu", 103, 1, False),  # 1 of 32 features is off at all five samples
+        ("relu", 104, 1, True),
+    ],
 )
-def test_identifiable_counts_numbers_against_unknowns(p, C, identifiable):
+def test_identifiable_counts_numbers_against_unknowns(name, p, C, identifiable):
     """C p numbers against n (d - 1) directions and n C coefficients; p > d n for one output."""
-    model = RandomFeatures(20, p)
+    model = RandomFeatures(20, p, name)
     theta = torch.stack([torch.linspace(0.1, 1, p) ** (c + 1) for c in range(C)])
     found = reconstruct(model, theta, 5, max_steps=1, restarts=1, progress=False)
     assert found.identifiable == identifiable

@@ -248,6 +248,40 @@ def test_rounding_ends_the_rounds():
     assert ended.count("precision floor") == 1
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_what_bfloat16_cannot_see_is_searched_in_float32(seed):
+    """Two of eight samples with 4% of the weight: what they leave is as small as the rounding."""
+    model = RandomFeatures(60, 6 * 60 * 8, seed=seed)
+    X = sphere(8, 60, seed).X
+    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
+    theta = alpha @ model.features(X)
+    options = {"start": "subspace", "restarts": 1, "seed": seed, "progress": False}
+    found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
+    assert found.explained and compare(X, found.samples).signed.max() < 1e-3
+    lifts = [stage["dtype"] for stage in found.stages if stage["stage"] == "lift"]
+    assert lifts == ["bfloat16", "float32"]
+    assert not model.holds(torch.bfloat16)  # its copy of V made room
+
+
+def test_where_float32_does_not_fit_the_finish_goes_on(monkeypatch):
+    model = RandomFeatures(60, 6 * 60 * 8, seed=0)
+    X = sphere(8, 60, 0).X
+    theta = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]]) @ model.features(X)
+    calls = []
+
+    def full(*sizes, **options):
+        calls.append(sizes)
+        if len(calls) > 1:
+            raise MemoryError("full")
+
+    monkeypatch.setattr("paperlib.second_order.check_memory", full)
+    options = {"start": "subspace", "restarts": 1, "progress": False}
+    found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
+    stages = [(stage["stage"], stage["dtype"]) for stage in found.stages]
+    assert len(calls) >= 2 and ("lift", "float32") not in stages
+    assert stages.count(("finish", "float32")) >= 2
+
+
 def test_near_the_threshold_the_start_is_made_by_messages():
     model, theta, _ = problem(4, 30, 2.0, dtype=torch.float32)
     stages = [s["stage"] for s in reconstruct(model, theta, 4, progress=False).stages]

@@ -180,7 +180,8 @@ def run_informed_cell(
         max_steps: most steps of one stage of one start.
 
     Returns:
-        `p`; `p_over_dn`; `recovered`, of the k unknown samples, and their `share`;
+        `p`; `p_over_dn`; `telling`, equations per unknown number without those of features that
+        are zero at all unknown samples; `recovered`, of the k unknown samples, and their `share`;
         `signed_error`; `projection_loss`; `identifiable`.
     """
     data = sphere(n, d, seed=seed)
@@ -193,9 +194,11 @@ def run_informed_cell(
     else:
         record = reconstruct(model, theta, n, **options)
     errors = compare(data.X[:unknown], record.samples)
+    spoke = int((model.features(data.X[:unknown]) != 0).any(0).sum())
     return {
         "p": p,
         "p_over_dn": p / (d * n),
+        "telling": (spoke - n + unknown) / (d * unknown),
         "recovered": errors.recovered(),
         "share": errors.recovered() / unknown,
         "signed_error": errors.signed_error,
