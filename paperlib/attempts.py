@@ -31,7 +31,7 @@ ITERATIONS = 600
 SHORT, HALVED = 2, 0.5
 PATIENCE, MOST_ROUNDS = 3, 25
 
-# A finish after rounds in bfloat16 gives up when so many steps no longer halve the loss.
+# A finish after rounds that left samples missing gives up when so many steps do not halve the loss.
 IMPATIENT = {"stall_steps": 4, "stall_ratio": 0.5}
 
 # From so many numbers per unknown of all candidates on, those that explain theta hold all samples.
@@ -140,7 +140,9 @@ class Attempts(Stages):
         if not self._sharpen():
             return self._descend_unlifted(point.X, restart)
         best = self._rounds(restart, point.X)
-        return self._finish(best.X, restart, brief=best.loss > PROMISING)
+        # Rounds that gained nothing more end where a long descent would gain nothing either.
+        rule = {} if best.loss <= SETTLED[self.bulk] else IMPATIENT
+        return self._finish(best.X, restart, brief=best.loss > PROMISING, **rule)
 
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""

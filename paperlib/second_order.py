@@ -135,6 +135,7 @@ class SecondOrderSolver(Attempts):
         self.best: Attempt | None = None
         self.independent: list[Tensor] = []  # samples of the starts that began anew
         self.stuck = False
+        self.sharpened = False  # whether the bulk stage went on in float32
 
     def _lifts(self, wanted: bool | None) -> bool:
         """Whether the linear part is lifted: as wanted, or where there is one and room."""
@@ -171,7 +172,7 @@ class SecondOrderSolver(Attempts):
         except MemoryError:
             return False
         self.bulk, self.products = formats
-        self.keep = keep
+        self.keep, self.sharpened = keep, True
         if self.lift is not None:
             self.lift = None  # V^T V twice would be more than was foreseen
             self.lift = self._make_lift()
@@ -243,6 +244,7 @@ class SecondOrderSolver(Attempts):
             "independent": self.independent,
             "stuck": self.stuck,
             "eliminated": self.eliminated,
+            "sharpened": self.sharpened,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -252,3 +254,5 @@ class SecondOrderSolver(Attempts):
             self.best.X = self.best.X.to(self.theta)
         self.independent = [X.to(self.theta) for X in state["independent"]]
         self.stuck, self.eliminated = state["stuck"], state["eliminated"]
+        if state.get("sharpened"):
+            self._sharpen()

@@ -145,7 +145,7 @@ class Stages:
         # bfloat16 cannot give them, and the reseeding below has to find such samples.
         if not brief and self.lift.dtype != torch.bfloat16:
             target = max(FLOOR[self.model.dtype], SHARP * self.tolerance)
-            X = self._descend("refine", X, restart, target, lifted=True, exact=True).X
+            X = self._descend("refine", X, restart, target, lifted=True, exact=True, **stall).X
         return self._settle(X, restart, brief=brief, **stall)
 
     def _settle(

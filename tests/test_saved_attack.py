@@ -127,6 +127,30 @@ def test_a_stopped_attack_does_not_start_over(tmp_path, at_once):
     assert on.history[first + 1]["loss"] < 0.1 * begun
 
 
+def test_what_went_on_in_float32_does_not_fall_back_to_bfloat16(tmp_path, at_once):
+    model = paperlib.RandomFeatures(60, 6 * 60 * 8, seed=0)
+    X = paperlib.sphere(8, 60, 0).X
+    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
+    theta = alpha @ model.features(X)
+    options = {"start": "subspace", "bulk": "bfloat16", "restarts": 1, "resume": tmp_path}
+    seen = []
+
+    def kill_in_float32(stage, loss, candidates):
+        seen.append(stage)
+        if stage == "bulk" and "finish" in seen:
+            raise Killed
+
+    with pytest.raises(Killed):
+        paperlib.reconstruct(model, theta, 8, callback=kill_in_float32, **options)
+    found = paperlib.reconstruct(model, theta, 8, **options)
+    assert found.explained and paperlib.compare(X, found.samples).signed.max() < 1e-3
+    descents = [stage for stage in found.stages if stage["stage"] in ("bulk", "finish")]
+    names = [stage["stage"] for stage in descents]
+    later = descents[names.index("finish") + 1 :]
+    assert "interrupted" in [stage["ended"] for stage in later]
+    assert {stage["dtype"] for stage in later} == {"float32"}
+
+
 def test_an_attack_that_has_ended_returns_its_result(tmp_path):
     data, model, theta = problem(5.0)
     first = paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
