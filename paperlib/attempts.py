@@ -123,7 +123,7 @@ class Attempts(Stages):
         best = self._rounds(restart, X, fallback)
         self.eliminated = eliminate(best, self.n).losses
         brief = best.loss > PROMISING
-        point = self._finish(best.X, restart, brief=brief, **(self._trial_rule()))
+        point = self._finish(best.X, restart, brief=brief, **self._trial_rule())
         return self._concluded(self._sharpened(point, restart), restart)
 
     def _trial_rule(self) -> dict[str, float]:

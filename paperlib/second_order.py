@@ -167,9 +167,13 @@ class SecondOrderSolver(Attempts):
         make_room(model, formats)
         sizes = (self.candidates, len(self.theta), formats)
         keep = choose_kept(model, *sizes, n=self.n)
+        full = torch.zeros(1, dtype=torch.float64, device=model.device)
         try:
             check_memory(model, *sizes, n=self.n, keep=keep)
         except MemoryError:
+            full += 1
+        model.sum_over_processes([full])  # all of them go on, or none
+        if full > 0:
             return False
         self.bulk, self.products = formats
         self.keep, self.sharpened = keep, True
