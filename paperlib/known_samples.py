@@ -194,15 +194,18 @@ def _lifted(
         target=before.options["tolerance"],
         max_steps=before.options["max_steps"],
     )
-    better = finish.point.loss < before.loss
-    loss = finish.point.loss if better else before.loss
-    tolerance = before.options["tolerance"]
+    found = before
+    loss, tolerance = finish.point.loss, before.options["tolerance"]
+    if loss < before.loss:
+        found = replace(
+            before,
+            samples=finish.point.X,
+            loss=loss,
+            explained=loss <= tolerance,
+            status=conclude(loss, tolerance, identifiable=before.identifiable),
+        )
     return replace(
-        before,
-        samples=finish.point.X if better else before.samples,
-        loss=loss,
-        explained=loss <= tolerance,
-        status=conclude(loss, tolerance, identifiable=before.identifiable),
+        found,
         history=before.history + record.history,
         stages=before.stages + record.stages,
         passes=before.passes + record.passes + finish.passes + 2,

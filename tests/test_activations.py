@@ -124,3 +124,7 @@ def test_an_activation_of_ones_own_has_its_own_hermite_coefficients():
 def test_negative_order_is_refused():
     with pytest.raises(ValueError, match="order must be at least 0, got -1"):
         activation("relu").hermite_coefficients(-1)
+
+
+def test_only_a_relu_is_silent_below_zero():
+    assert [name for name in activation_names() if activation(name).silent] == ["relu"]
