@@ -221,7 +221,7 @@ class MessagePassing:
             omega, omega_L = self._pre_activations(V, part)
             f, mean, variance = channel.moments(omega, tau)
             y, Q = self.y[:, part] - omega_L, self.Q[:, part]
-            e = y - self.c.T @ Q - alpha.T @ mean
+            e = self.y[:, part] - alpha.T @ mean - omega_L - self.c.T @ Q
             score = separation.scores(e, f, mean, variance)
             score_L = L_gain @ e
             squares += score.square().sum(1)
@@ -294,8 +294,8 @@ class MessagePassing:
             for V, part in self._chunks():
                 omega, omega_L = self._pre_activations(V, part)
                 mean = self.channel.moments(omega, self.tau)[1]
-                residual[:, part] = self.y[:, part] - self.c.T @ self.Q[:, part]
-                residual[:, part] -= weights.T @ mean + omega_L
+                residual[:, part] = self.y[:, part] - weights.T @ mean - omega_L
+                residual[:, part] -= self.c.T @ self.Q[:, part]
             self.X[lost], self.tau[lost], self.alpha[lost] = self._fresh(
                 self.spectral.second_moments(residual), count
             )
