@@ -21,7 +21,6 @@ class Separation:
     """The statistics of n samples, and what they say about pre-activations.
 
     Attributes:
-        expected: (n,) variance of f(z_i), on average over features.
         noise: (C, C) covariance of theta_k about what is expected of it.
     """
 
@@ -35,9 +34,9 @@ class Separation:
             ground: (C, C) covariance of what no sample's f is to explain.
         """
         self.channel, self.tau = channel, tau
-        self.expected = channel.mean_variance(tau)
-        self.noise = ground + (alpha.T * self.expected) @ alpha
-        own = self.expected[:, None, None] * alpha[:, :, None] * alpha[:, None, :]
+        expected = channel.mean_variance(tau)
+        self.noise = ground + (alpha.T * expected) @ alpha
+        own = expected[:, None, None] * alpha[:, :, None] * alpha[:, None, :]
         self.w = torch.linalg.solve(self.noise - own, alpha)  # (n, C)
         self.gain = (self.w * alpha).sum(1)
         self.cross = (self.w @ alpha.T).square().fill_diagonal_(0)

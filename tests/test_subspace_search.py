@@ -248,13 +248,17 @@ def test_rounding_ends_the_rounds():
     assert ended.count("precision floor") == 1
 
 
-@pytest.mark.parametrize("seed", [0, 2])
-def test_what_bfloat16_cannot_see_is_searched_in_float32(seed):
+def faint_pair(seed):
     """Two of eight samples with 4% of the weight: what they leave is as small as the rounding."""
     model = RandomFeatures(60, 6 * 60 * 8, seed=seed)
     X = sphere(8, 60, seed).X
     alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
-    theta = alpha @ model.features(X)
+    return model, X, alpha @ model.features(X)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_what_bfloat16_cannot_see_is_searched_in_float32(seed):
+    model, X, theta = faint_pair(seed)
     options = {"start": "subspace", "restarts": 1, "seed": seed, "progress": False}
     found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
     assert found.explained and compare(X, found.samples).signed.max() < 1e-3
@@ -264,9 +268,7 @@ def test_what_bfloat16_cannot_see_is_searched_in_float32(seed):
 
 
 def test_where_float32_does_not_fit_the_finish_goes_on(monkeypatch):
-    model = RandomFeatures(60, 6 * 60 * 8, seed=0)
-    X = sphere(8, 60, 0).X
-    theta = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]]) @ model.features(X)
+    model, _, theta = faint_pair(0)
     calls = []
 
     def full(*sizes, **options):
