@@ -100,9 +100,14 @@ class FeatureMap(ABC):
     projected_off: Tensor | None = None
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the features are act(v_k . x), with rows v_k that `weight_blocks` hands out."""
+        return hasattr(self, "weight_blocks")
+
+    @property
     def random_features(self) -> FeatureMap | None:
         """What these features are but for `projected_off`, where that has weights V."""
-        return self if hasattr(self, "weight_blocks") else None
+        return self if self.has_weights else None
 
     @property
     def held(self) -> slice:

@@ -191,6 +191,38 @@ def check_memory(
     return parts
 
 
+def allot(
+    model: FeatureMap,
+    candidates: int,
+    outputs: int,
+    formats: Formats,
+    *,
+    n: int,
+    keep: str = "auto",
+    starts: int = 0,
+) -> str:
+    """Make room for a reconstruction, and say what stays of the activations between passes.
+
+    Args:
+        model: the feature map; it may give V in its own dtype up.
+        candidates: n^, candidates of the bulk stage.
+        outputs: rows of theta.
+        formats: of the bulk stage.
+        n: candidates of the finish.
+        keep: one of `KEPT`, or "auto" for `choose_kept`.
+        starts: bytes that other starts than at random take.
+
+    Raises:
+        MemoryError: as `check_memory`.
+    """
+    make_room(model, formats)
+    sizes = (candidates, outputs, formats)
+    if keep == "auto":
+        keep = choose_kept(model, *sizes, n=n)
+    check_memory(model, *sizes, n=n, keep=keep, starts=starts)
+    return keep
+
+
 def readable(size: float) -> str:
     """A size in words, for messages."""
     for unit in ("bytes", "kB", "MB"):

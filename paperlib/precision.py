@@ -90,7 +90,7 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
         raise ValueError("bulk='int8' needs random features, whose weights can be rounded to it")
     if bulk == "auto":
         large = candidates * model.p * model.d >= WORTHWHILE
-        if not hasattr(model, "weight_blocks") or not large:
+        if not model.has_weights or not large:
             return Formats(model.dtype, model.dtype)
         if fast_bfloat16(model.device):
             return Formats(torch.bfloat16, torch.bfloat16)

@@ -238,7 +238,7 @@ class Linearization:
         n, dtype = len(self.X), arithmetic(self.curvature_dtype)
         blocks = self.model.blocks(dtype=self.curvature_dtype)
         opened = ((b, *self._kept.open(b, self.X, lifted=self.lift is not None)) for b in blocks)
-        if hasattr(self.model, "weight_blocks"):
+        if self.model.has_weights:
             product = NormalProduct(self.alpha, dX, da, dw, dtype=dtype)
             for block, features, state in opened:
                 product.add(block, features, state)

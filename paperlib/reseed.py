@@ -30,7 +30,7 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
     model, X = point.model, point.X
     worst = least_useful(point.gram, point.gram_inverse, point.alpha)[0]
     others = torch.arange(len(X), device=X.device) != worst
-    if not others.any() or not hasattr(model, "weight_blocks"):
+    if not others.any() or not model.has_weights:
         fresh = random_on_sphere(1, model.d, generator=generator).to(X)
     else:
         # What this candidate explained so far is given back to the residual.

@@ -16,6 +16,7 @@ passing (see `message_passing.py`) in place of stages 1 and 2.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -27,9 +28,9 @@ from paperlib.attempts import Attempt, Attempts
 from paperlib.feature_map import FeatureMap
 from paperlib.identifiability import numbers_per_unknown
 from paperlib.lift import Lift
-from paperlib.memory import check_memory, choose_kept, make_room
+from paperlib.memory import allot
 from paperlib.message_passing import message_bytes
-from paperlib.precision import bulk_formats, single_formats
+from paperlib.precision import Formats, bulk_formats, single_formats
 from paperlib.progress import Progress
 from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
@@ -84,16 +85,17 @@ class SecondOrderSolver(Attempts):
     ):
         """See `reconstruct` for the options."""
         candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
-        formats = bulk_formats(model, candidates, bulk)
-        make_room(model, formats)
-        sizes = (candidates, len(theta), formats)
+        # Whether the bulk stage went on in float32: in the attack that is taken up again.
+        self.sharpened = bool(saved and saved.state and saved.state["sharpened"])
         super().__init__(
             model,
             theta,
             n,
             candidates=candidates,
-            formats=formats,
-            keep=choose_kept(model, *sizes, n=n) if keep == "auto" else keep,
+            formats=single_formats(model)
+            if self.sharpened
+            else bulk_formats(model, candidates, bulk),
+            keep=keep,
             max_steps=max_steps,
             tolerance=tolerance,
             forcing=forcing,
@@ -126,16 +128,28 @@ class SecondOrderSolver(Attempts):
             start == "auto" and possible and liftable and small and self.ratio >= NEAR
         )
         sent = self.always_messages or (self.messages and restarts > 1)
-        starts = [
+        self.wanted_keep = keep
+        self.start_bytes = max(
             message_bytes(n, len(theta), model.p) if sent else 0,
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
-        ]
-        check_memory(model, *sizes, n=n, keep=self.keep, starts=max(starts))
+        )
+        self.keep = self._allot(Formats(self.bulk, self.products))
         self.lift = self._make_lift() if lifted else None
         self.best: Attempt | None = None
         self.independent: list[Tensor] = []  # samples of the starts that began anew
         self.stuck = False
-        self.sharpened = False  # whether the bulk stage went on in float32
+
+    def _allot(self, formats: Formats) -> str:
+        """Make room for these formats; what stays of the activations between passes."""
+        return allot(
+            self.model,
+            self.candidates,
+            len(self.theta),
+            formats,
+            n=self.n,
+            keep=self.wanted_keep,
+            starts=self.start_bytes,
+        )
 
     def _lifts(self, wanted: bool | None) -> bool:
         """Whether the linear part is lifted: as wanted, or where there is one and room."""
@@ -164,14 +178,10 @@ class SecondOrderSolver(Attempts):
         model = self.model
         model.release(self.bulk)
         formats = single_formats(model)
-        make_room(model, formats)
-        sizes = (self.candidates, len(self.theta), formats)
-        keep = choose_kept(model, *sizes, n=self.n)
-        full = torch.zeros(1, dtype=torch.float64, device=model.device)
-        try:
-            check_memory(model, *sizes, n=self.n, keep=keep)
-        except MemoryError:
-            full += 1
+        keep = None
+        with contextlib.suppress(MemoryError):
+            keep = self._allot(formats)
+        full = torch.tensor([float(keep is None)], dtype=torch.float64, device=model.device)
         model.sum_over_processes([full])  # all of them go on, or none
         if full > 0:
             return False
@@ -258,5 +268,3 @@ class SecondOrderSolver(Attempts):
             self.best.X = self.best.X.to(self.theta)
         self.independent = [X.to(self.theta) for X in state["independent"]]
         self.stuck, self.eliminated = state["stuck"], state["eliminated"]
-        if state.get("sharpened"):
-            self._sharpen()

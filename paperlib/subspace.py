@@ -68,7 +68,7 @@ class SubspaceFeatures(FeatureMap):
         self.linear_coefficient, self.odd = model.linear_coefficient, model.odd
         self.scale = (model.d / self.d) ** 0.5
         self.gaussian_weights = model.gaussian_weights
-        if hasattr(model, "weight_blocks"):
+        if model.has_weights:
             # Solvers tell by this method that there are weights, so only then it may exist.
             self.activation = model.activation
             self.weight_blocks = self._weight_blocks
@@ -125,12 +125,12 @@ class SubspaceFeatures(FeatureMap):
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the weights in that dtype, as `RandomFeatures.release` does."""
-        if hasattr(self, "weight_blocks"):
+        if self.has_weights:
             self._projected.pop(dtype, None)
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """The blocks of the model, each seen from the subspace."""
-        if hasattr(self, "weight_blocks"):
+        if self.has_weights:
             for start, W in self.weight_blocks(dtype=dtype):
                 yield GivenFeatureBlock(start, W, self.activation, self.linear_coefficient)
         else:

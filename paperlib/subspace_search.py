@@ -61,8 +61,7 @@ class SampledSubspace(SubspaceFeatures):
     def __init__(self, model: FeatureMap, basis: Tensor, features: int):
         """Restrict the inputs to a basis (d, k), and each process to its share of the features."""
         super().__init__(model, basis)
-        held = model.features_held
-        self.rows = min(held, -(-features * held // model.p))
+        self.rows = share_held(model, features)
         total = torch.tensor([float(self.rows)], dtype=torch.float64, device=model.device)
         model.sum_over_processes([total])
         self.p = int(total)
@@ -191,6 +190,11 @@ class SubspaceSearch:
         return run
 
 
+def share_held(model: FeatureMap, features: int) -> int:
+    """How many of the features of a search this process takes: as its share of all p."""
+    return min(model.features_held, -(-features * model.features_held // model.p))
+
+
 def features_wanted(directions: int, candidates: int) -> int:
     """Features of a search for so many candidates in the span of so many directions."""
     return max(LEAST_FEATURES, FEATURES_PER_NUMBER * directions * candidates)
@@ -214,7 +218,7 @@ def search_pays(model: FeatureMap, n: int, candidates: int, outputs: int) -> boo
 def search_bytes(model: FeatureMap, n: int, candidates: int, outputs: int) -> int:
     """The most bytes that a search allocates: its weights, and two points of its descent."""
     features, directions = largest_search(model, n, candidates, outputs)
-    features = -(-features * model.features_held // model.p)
+    features = share_held(model, features)
     own = Formats(model.dtype, model.dtype)
     points = activation_bytes(candidates, n, features, PRODUCTS, model.dtype, own)
     parameters = bytes_of(model.dtype, 3, outputs, model.p)

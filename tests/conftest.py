@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import paperlib
+
 # Small problems: threads cost more than they gain, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
 
@@ -11,3 +13,19 @@ torch.set_num_threads(1)
 def _same_numbers_every_time():
     """Tests that draw from torch's global stream draw the same in every order and every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def faint_pair():
+    """Seed -> model, X, theta; two of eight samples with 4% of the weight.
+
+    What they leave in the loss is as small as the rounding of bfloat16.
+    """
+
+    def problem(seed):
+        model = paperlib.RandomFeatures(60, 6 * 60 * 8, seed=seed)
+        X = paperlib.sphere(8, 60, seed).X
+        alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
+        return model, X, alpha @ model.features(X)
+
+    return problem

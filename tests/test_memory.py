@@ -237,7 +237,7 @@ def test_an_attack_with_v_in_float16_and_exact_passes_drawn_again(monkeypatch):
     theta = paperlib.fit_min_norm(model, data.X, data.y)
     low = paperlib.RandomFeatures(40, 6000, seed=5)
     set_free(monkeypatch, 1_200_000)  # 960 kB in float32, 480 kB in float16
-    monkeypatch.setattr("paperlib.second_order.check_memory", lambda *sizes, **options: {})
+    monkeypatch.setattr("paperlib.memory.check_memory", lambda *sizes, **options: {})
     found = paperlib.reconstruct(low, theta, 6, seed=1, bulk="float16", progress=False)
     assert low.holds(torch.float16) and not low.holds(torch.float32)
     assert {s["dtype"] for s in found.stages if s["stage"] == "bulk"} == {"float16"}

@@ -12,6 +12,7 @@ import torch
 
 import paperlib
 from paperlib import saved_attack
+from paperlib.lift import Lift
 
 PUBLISHED = {"solver": "published", "learning_rate": 10.0, "max_steps": 1500, "restarts": 2}
 
@@ -127,11 +128,10 @@ def test_a_stopped_attack_does_not_start_over(tmp_path, at_once):
     assert on.history[first + 1]["loss"] < 0.1 * begun
 
 
-def test_what_went_on_in_float32_does_not_fall_back_to_bfloat16(tmp_path, at_once):
-    model = paperlib.RandomFeatures(60, 6 * 60 * 8, seed=0)
-    X = paperlib.sphere(8, 60, 0).X
-    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
-    theta = alpha @ model.features(X)
+def test_what_went_on_in_float32_does_not_fall_back_to_bfloat16(
+    faint_pair, monkeypatch, tmp_path, at_once
+):
+    model, X, theta = faint_pair(0)
     options = {"start": "subspace", "bulk": "bfloat16", "restarts": 1, "resume": tmp_path}
     seen = []
 
@@ -142,8 +142,16 @@ def test_what_went_on_in_float32_does_not_fall_back_to_bfloat16(tmp_path, at_onc
 
     with pytest.raises(Killed):
         paperlib.reconstruct(model, theta, 8, callback=kill_in_float32, **options)
+    lifts = []
+
+    def watched(*problem, dtype):
+        lifts.append(dtype)
+        return Lift(*problem, dtype=dtype)
+
+    monkeypatch.setattr("paperlib.second_order.Lift", watched)
     found = paperlib.reconstruct(model, theta, 8, **options)
     assert found.explained and paperlib.compare(X, found.samples).signed.max() < 1e-3
+    assert lifts == [torch.float32]
     descents = [stage for stage in found.stages if stage["stage"] in ("bulk", "finish")]
     names = [stage["stage"] for stage in descents]
     later = descents[names.index("finish") + 1 :]

@@ -248,26 +248,26 @@ def test_rounding_ends_the_rounds():
     assert ended.count("precision floor") == 1
 
 
-def faint_pair(seed):
-    """Two of eight samples with 4% of the weight: what they leave is as small as the rounding."""
-    model = RandomFeatures(60, 6 * 60 * 8, seed=seed)
-    X = sphere(8, 60, seed).X
-    alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
-    return model, X, alpha @ model.features(X)
-
-
 @pytest.mark.parametrize("seed", [0, 2])
-def test_what_bfloat16_cannot_see_is_searched_in_float32(seed):
+def test_what_bfloat16_cannot_see_is_searched_in_float32(faint_pair, monkeypatch, seed):
     model, X, theta = faint_pair(seed)
+    kept = set()
+
+    def watched(*problem, keep, **options):
+        kept.add(keep)
+        return Linearization(*problem, keep=keep, **options)
+
+    monkeypatch.setattr("paperlib.stages.Linearization", watched)
     options = {"start": "subspace", "restarts": 1, "seed": seed, "progress": False}
-    found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
+    found = reconstruct(model, theta, 8, bulk="bfloat16", keep="nothing", **options)
+    assert kept == {"nothing"}  # as asked for, in both formats
     assert found.explained and compare(X, found.samples).signed.max() < 1e-3
     lifts = [stage["dtype"] for stage in found.stages if stage["stage"] == "lift"]
     assert lifts == ["bfloat16", "float32"]
     assert not model.holds(torch.bfloat16)  # its copy of V made room
 
 
-def test_where_float32_does_not_fit_the_finish_goes_on(monkeypatch):
+def test_where_float32_does_not_fit_the_finish_goes_on(faint_pair, monkeypatch):
     model, _, theta = faint_pair(0)
     calls = []
 
@@ -276,7 +276,7 @@ def test_where_float32_does_not_fit_the_finish_goes_on(monkeypatch):
         if len(calls) > 1:
             raise MemoryError("full")
 
-    monkeypatch.setattr("paperlib.second_order.check_memory", full)
+    monkeypatch.setattr("paperlib.memory.check_memory", full)
     options = {"start": "subspace", "restarts": 1, "progress": False}
     found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
     stages = [(stage["stage"], stage["dtype"]) for stage in found.stages]
