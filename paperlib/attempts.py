@@ -169,6 +169,7 @@ class Attempts(Stages):
         since = 0
         if fallback is not None:
             best = self._evaluate(fallback["X"].to(self.theta), lifted=True, exact=False)
+            best.forget_curvature()
             since = fallback["since"]
             self.fallback = best, since
         for _ in range(MOST_ROUNDS):
@@ -263,4 +264,5 @@ class Attempts(Stages):
             point = self._sharpened(point, restart)
         if trial is not None and trial["loss"] < point.loss:
             point = self._evaluate(trial["X"].to(self.theta), lifted=False, exact=True)
+            point.forget_curvature()
         return self._concluded(point, restart, math.inf if trial is None else trial["loss"])

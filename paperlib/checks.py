@@ -56,14 +56,20 @@ def check_named(name: str, value: object, known: Iterable[object]) -> None:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """A device that is there; the CPU for None."""
+    """A device that is there and has float64, as tensors name it; the CPU for None.
+
+    Tensors on "cuda" say that they are on "cuda:0", and the two do not compare as equal.
+    """
     try:
         device = torch.device("cpu" if device is None else device)
-        torch.empty(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        probe = torch.empty(1, dtype=torch.float64, device=device)
+        probe.cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise ValueError(f"device {device!s} is not there: expected one of {there}") from error
-    return device
+        raise ValueError(
+            f"device {device!s} is not there, or has no float64: expected one of {there}"
+        ) from error
+    return probe.device
 
 
 def check_dtype(dtype: torch.dtype | None) -> torch.dtype:

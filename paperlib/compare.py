@@ -49,6 +49,7 @@ class Comparison:
             where `matching` is -1. Show it by `data.images(comparison.matched, index=range(n))`.
         matched_up_to_sign: (n, d) the same by the error up to sign, each turned to the sign that
             agrees with x_i.
+        candidates: m.
     """
 
     signed: np.ndarray

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from paperlib.checks import check_rows
 
@@ -87,6 +88,11 @@ class FeatureMap(ABC):
         rounds_to_int8: whether `blocks` can round their weights to 8 bits.
         gaussian_weights: whether the weights are i.i.d. N(0, 1/d), never trained.
         projected_off: (r, p) orthonormal rows whose span was taken out of the features, if any.
+        group: the processes that the features are split over, None for one process.
+
+    Features act(v_k . x) with weights V, whose linear part can be lifted, are `RandomFeatures` or
+    `GivenFeatures`: solvers ask those for their `activation` and for rows of V (`weight_blocks`).
+    Any other feature map only has to hand out blocks.
     """
 
     d: int
@@ -98,6 +104,7 @@ class FeatureMap(ABC):
     rounds_to_int8: bool = False
     gaussian_weights: bool = False
     projected_off: Tensor | None = None
+    group: ProcessGroup | None = None
 
     @property
     def has_weights(self) -> bool:

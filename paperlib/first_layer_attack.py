@@ -147,7 +147,7 @@ def first_layer_attack(
             if len(found) == problem.n:
                 break
         X = problem.samples(found, spare, generator)
-        point = Linearization(features, problem.theta, X, curvature=True)
+        point = Linearization(features, problem.theta, X)
         if polish:
             watch.stage("polish")
             run = levenberg_marquardt(

@@ -9,16 +9,14 @@ after every hundred steps. A step that raises the loss is taken back and halved.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from paperlib.progress import DELAY_SECONDS
+from paperlib.progress import DELAY_SECONDS, progress_bar
 from paperlib.streams import stream
 
 # Power iterations at the start, and afterwards from the previous eigenvector.
@@ -90,8 +88,7 @@ def gradient_descent(
     trace = DescentTrace(value, 0, "step limit")
     direction, curvature, trust = None, 0.0, 1.0
     measured_at, measured_loss, logged = None, value, float("inf")
-    show = os.environ.get("PAPERLIB_PROGRESS", "1") != "0" if progress is None else progress
-    bar = tqdm(desc="train", unit=" steps", disable=not show, delay=DELAY_SECONDS, leave=False)
+    bar = progress_bar(progress, desc="train", unit=" steps", delay=DELAY_SECONDS, leave=False)
     with bar:
         while trace.steps < max_steps:
             if value <= target:

@@ -9,6 +9,7 @@ own, whose feature map is x -> P phi(x). This is the informed adversary of Balle
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,11 +20,13 @@ from torch import Tensor
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.levenberg_marquardt import levenberg_marquardt
+from paperlib.precision import FLOOR
 from paperlib.projection import Linearization
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction, conclude
 from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
+from paperlib.stages import stage_record
 
 # Known features that are this close to the span of the others (relative) add no direction.
 DEPENDENT = 1e-6
@@ -55,7 +58,7 @@ class WithoutKnown(FeatureMap):
                 features, or features that are split over processes.
         """
         check_finite("known", check_rows("known", known, model))
-        if getattr(model, "group", None) is not None:
+        if model.group is not None:
             raise ValueError("known samples need all features in one process")
         if len(known) >= model.p:
             raise ValueError(f"{len(known)} known samples leave nothing of {model.p} features")
@@ -79,7 +82,7 @@ class WithoutKnown(FeatureMap):
 
     def off(self, W: Tensor) -> Tensor:
         """Rows of W, (n, p), without their part in the span of the known features."""
-        Q = self.projected_off
+        Q = self.projected_off.to(W.dtype)
         return W - (W @ Q.T) @ Q
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
@@ -188,14 +191,17 @@ def _lifted(
     """
     lifted = WithoutKnown(rest.inner, rest.known, lift=True)
     record = reconstruct(lifted, lifted.off(theta), n, **options)
+    begun, tolerance = time.perf_counter(), before.options["tolerance"]
     finish = levenberg_marquardt(
         lambda X: Linearization(rest, left, X, curvature=True),
         settle_signs(rest, left, record.samples),
-        target=before.options["tolerance"],
+        target=tolerance,
         max_steps=before.options["max_steps"],
+        floor=max(tolerance, FLOOR[rest.dtype]),
     )
-    found = before
-    loss, tolerance = finish.point.loss, before.options["tolerance"]
+    seconds = time.perf_counter() - begun
+    found, loss = before, finish.point.loss
+    passes = finish.passes + 2
     if loss < before.loss:
         found = replace(
             before,
@@ -203,11 +209,17 @@ def _lifted(
             loss=loss,
             explained=loss <= tolerance,
             status=conclude(loss, tolerance, identifiable=before.identifiable),
+            restart=record.restart,
+            elimination_losses=record.elimination_losses,
         )
+    place = {"restart": record.restart, "stage": "finish"}
+    stage = stage_record(
+        "finish", rest.dtype, finish.status, loss, n, passes, seconds, record.restart
+    )
     return replace(
         found,
-        history=before.history + record.history,
-        stages=before.stages + record.stages,
-        passes=before.passes + record.passes + finish.passes + 2,
-        seconds=before.seconds + record.seconds,
+        history=before.history + record.history + [place | step for step in finish.history],
+        stages=[*before.stages, *record.stages, stage],
+        passes=before.passes + record.passes + passes,
+        seconds=before.seconds + record.seconds + seconds,
     )

@@ -49,7 +49,8 @@ class Descent:
     """Where Levenberg-Marquardt ended.
 
     Attributes:
-        point: the last accepted Gauss-Newton model, with its candidates `point.X`.
+        point: the last accepted Gauss-Newton model, with its candidates `point.X`; what only its
+            products need, all that is as large as the features, is given up.
         status: why it stopped: "converged", "stalled", "precision floor" or "step limit".
         history: one record a step: loss, damping, inner iterations, accepted, and the passes and
             seconds up to there.
@@ -135,6 +136,7 @@ def levenberg_marquardt(
     else:
         if point.loss <= target:
             out.status = "converged"
+    point.forget_curvature()
     out.point = point
     return out
 

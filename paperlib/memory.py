@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from paperlib import control_group
 from paperlib.precision import Formats, arithmetic, storage
 
 if TYPE_CHECKING:
@@ -27,14 +28,17 @@ INPUTS_DIMENSION = 512
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has of the device's memory but no tensor is in, it gives out again.
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + spare
     try:
         with open("/proc/meminfo") as lines:
             entries = dict(line.split(":", 1) for line in lines)
-        return 1024 * int(entries["MemAvailable"].split()[0])
+        free = 1024 * int(entries["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
         # Not Linux: all of the memory is the best guess there is.
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(free, control_group.bytes_left()))
 
 
 def bytes_of(dtype: torch.dtype, *shape: int) -> int:
@@ -180,15 +184,28 @@ def check_memory(
         MemoryError: with the parts, what is free, and what to change.
     """
     parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep, starts=starts)
-    free = free_bytes(model.device)
+    check_fits(parts, model.device)
+    return parts
+
+
+def check_fits(parts: dict[str, int], device: torch.device) -> None:
+    """Refuse what the device has no room for.
+
+    Args:
+        parts: bytes, by the name of what they are for.
+        device: where they are to be allocated.
+
+    Raises:
+        MemoryError: with the parts, what is free, and what to change.
+    """
+    free = free_bytes(device)
     if sum(parts.values()) > free:
         listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items())
         raise MemoryError(
             f"needs {readable(sum(parts.values()))} more ({listed}) and {readable(free)} are free "
-            f"on {model.device}: use placement='streamed', split the features over processes, or "
+            f"on {device}: use placement='streamed', split the features over processes, or "
             "lower p or n"
         )
-    return parts
 
 
 def allot(

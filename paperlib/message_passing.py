@@ -158,12 +158,11 @@ class MessagePassing:
 
     def begin(self) -> None:
         """Forget what was learned, and begin again from another perturbation of the start."""
-        device = self.y.device
         self.L = self._linear_start.clone()  # (C, d): sum_i alpha_i mu_1 x_i
         noise = 0.1 * self.L.square().mean() + 1e-3
-        self.L_cov = noise * torch.eye(self.C, device=device)
+        self.L_cov = noise * torch.eye(self.C).to(self.y)
         self.X, self.tau, self.alpha = self._fresh(self._moments, self.n)
-        self.g = torch.zeros(self.n, self.p, device=device)
+        self.g = self.y.new_zeros(self.n, self.p)
         self.g_L = torch.zeros_like(self.y)
         self._give_back()
         self.misfit = 0.0
@@ -175,7 +174,7 @@ class MessagePassing:
         parts = self.spectral.directions_of(*moments, count, generator=self.generator)
         directions, overlap, alpha = (part.to(self.y.dtype) for part in parts)
         d = self.model.d
-        noise = torch.randn(count, d, generator=self.generator).to(directions)
+        noise = torch.randn(count, d, generator=self.generator, dtype=torch.float32).to(directions)
         X = to_sphere(math.sqrt(d) * directions + self.jitter * noise)
         return X * overlap.sqrt()[:, None], 1 - overlap, alpha
 
@@ -195,7 +194,7 @@ class MessagePassing:
 
     def _give_back(self) -> None:
         """Regress c (r, C) on what the means and the linear part leave."""
-        left = torch.zeros(len(self.Q), self.C, device=self.y.device)
+        left = self.y.new_zeros(len(self.Q), self.C)
         for V, part in self._chunks() if len(self.Q) else ():
             omega, omega_L = self._pre_activations(V, part)
             mean = self.channel.moments(omega, self.tau)[1]
@@ -209,7 +208,7 @@ class MessagePassing:
         gram, rhs, outer = new(n, n), new(n, C), new(C, C)
         seen_off, mean_off = new(len(self.Q), C), new(len(self.Q), n)
         back, spread, squares = new(n + C, d), new(n), new(n)
-        eye = torch.eye(C, device=self.X.device)
+        eye = torch.eye(C).to(self.y)
         alpha, tau, b, channel = self.alpha, self.tau, DAMPING * self.pace, self.channel
 
         ground = self.L_cov + (self.misfit + 1e-9) * eye
@@ -319,7 +318,7 @@ class MessagePassing:
         self.tau[doubtful] = 1.0
         self.X = X.float() * (1 - self.tau).sqrt()[:, None]
         self.L = self.mu * self.alpha.T @ self.X
-        eye = torch.eye(self.C, device=self.X.device)
+        eye = torch.eye(self.C).to(self.y)
         self.L_cov = self.mu**2 * (self.alpha.T * self.tau) @ self.alpha + 1e-6 * eye
         self.misfit = point.loss
         # What is explained already stirs before the doubtful ones are found: no overshooting.
@@ -388,12 +387,14 @@ class MessagePassing:
                 break
         X = torch.nan_to_num(self.X)
         empty = X.square().sum(1) == 0
-        X[empty] = torch.randn(int(empty.sum()), X.shape[1], generator=self.generator).to(X)
+        fresh = torch.randn(X[empty].shape, generator=self.generator, dtype=torch.float32)
+        X[empty] = fresh.to(X)
         return Beliefs(
             to_sphere(X), self.tau, self.alpha, history[-1], len(history), ended, history
         )
 
 
-def message_bytes(n: int, outputs: int, p: int) -> int:
-    """Bytes of the scores of now and of the best iteration, and of one being copied."""
-    return bytes_of(torch.float32, 3, n + outputs, p)
+def message_bytes(n: int, outputs: int, p: int, d: int) -> int:
+    """Bytes of the second moments, and of the scores: of now, of the best iteration, one copied."""
+    scores = bytes_of(torch.float32, 3, n + outputs, p)
+    return scores + bytes_of(torch.float64, outputs, d, d)

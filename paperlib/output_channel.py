@@ -34,7 +34,7 @@ class OutputChannel:
         """An activation, and a grid in float32 on that device."""
         self.activation = activation
         self.mu = activation.linear_coefficient
-        self.t = torch.linspace(-REACH, REACH, NODES, device=device)
+        self.t = torch.linspace(-REACH, REACH, NODES, dtype=torch.float32, device=device)
         self.log_weight = torch.log_softmax(-self.t.square() / 2, 0)
         self.weight = self.log_weight.exp()
         self.spacing = 2 * REACH / (NODES - 1)

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
 
 # Work shorter than this shows no bar at all.
 DELAY_SECONDS = 2.0
+
+
+def progress_bar(show: bool | None, **options: Any) -> tqdm:
+    """A bar of tqdm, for a terminal or a notebook.
+
+    Args:
+        show: whether to draw it; if None, unless PAPERLIB_PROGRESS=0 or tqdm's own TQDM_DISABLE=1
+            is set.
+        **options: of tqdm.
+    """
+    if show is None and os.environ.get("PAPERLIB_PROGRESS", "1") == "0":
+        show = False
+    return tqdm(**options) if show is None else tqdm(**options, disable=not show)
 
 
 class Progress:
@@ -23,15 +37,11 @@ class Progress:
         """Set the bar up; it shows itself after its delay.
 
         Args:
-            show: whether to draw a bar; if None, unless PAPERLIB_PROGRESS=0 or tqdm's own
-                TQDM_DISABLE=1 is set.
+            show: see `progress_bar`.
             callback: called after every step with (stage, loss, candidates).
         """
-        if show is None and os.environ.get("PAPERLIB_PROGRESS", "1") == "0":
-            show = False
-        choice = {} if show is None else {"disable": not show}
-        self._bar = tqdm(
-            desc="reconstruct", unit=" steps", delay=DELAY_SECONDS, leave=False, **choice
+        self._bar = progress_bar(
+            show, desc="reconstruct", unit=" steps", delay=DELAY_SECONDS, leave=False
         )
         self._stage = ""
         self._callback = callback

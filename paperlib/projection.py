@@ -30,7 +30,7 @@ GRAM_CUTOFF = 1e-10
 
 
 def projection_loss(model: FeatureMap, theta: Tensor, candidates: Tensor) -> Tensor:
-    """The loss L of the paper at the candidates, a differentiable scalar.
+    """The loss L of the paper at the candidates, a scalar, differentiable once.
 
     Args:
         model: the feature map phi.

@@ -27,6 +27,7 @@ from torch import Tensor
 from paperlib.activations import Activation
 from paperlib.checks import check_count, check_positive, check_range
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.memory import bytes_of, check_fits, resident_formats
 from paperlib.progress import Progress
 from paperlib.projection import projection_loss
 from paperlib.random_features import RandomFeatureBlock
@@ -101,12 +102,20 @@ def published_options(
     Raises:
         ValueError: for an option out of its range.
         TypeError: for an option of another type.
+        MemoryError: if a step would not fit into the free memory.
     """
     check_positive("learning_rate", learning_rate)
     check_range("momentum", momentum, least=0, below=1)
     check_range("relu_slope", relu_slope, least=0)
     check_count("max_steps", max_steps)
     check_count("restarts", restarts)
+    check_fits(
+        {
+            "features and slopes": bytes_of(model.dtype, 2, n, model.features_held),
+            "weights": sum(resident_formats(model, [model.dtype]).values()),
+        },
+        model.device,
+    )
     generator = stream("published candidates", seed)
     best: dict[str, Any] | None = None
     history, stages, passes, first, begin = [], [], 0, 0, None
@@ -293,13 +302,15 @@ def loss_and_gradient(
         features, state = block.linearize(X)
         gram += features @ features.T
         rhs += features @ theta[:, block.start : block.stop].T
-        kept.append((block, features, state))
+        kept.append((features, state))
     model.sum_over_processes([gram, rhs])
     alpha, info = torch.linalg.solve_ex(gram, rhs)
     if int(info):  # exactly singular: two candidates at the same point
         alpha = torch.linalg.pinv(gram, hermitian=True) @ rhs
     gradient, square = torch.zeros_like(X), X.new_zeros(())
-    for block, features, state in kept:
+    # Walked again, so that a streamed V is never held as a whole.
+    blocks = surrogate_blocks(model, relu_slope)
+    for block, (features, state) in zip(blocks, kept, strict=True):
         E = theta[:, block.start : block.stop] - alpha.T @ features
         square += E.square().sum()
         if C == 1:  # alpha_i is a number, and comes out of the product with the Jacobian

@@ -115,7 +115,7 @@ class RandomFeatures(FeatureMap):
         if start % ROWS_PER_DRAW:
             raise ValueError(f"rows are drawn from multiples of {ROWS_PER_DRAW}, got {start}")
         draws = -(-(stop - start) // ROWS_PER_DRAW)
-        rows = torch.empty(draws, ROWS_PER_DRAW, self.d)
+        rows = torch.empty(draws, ROWS_PER_DRAW, self.d, dtype=torch.float32, device="cpu")
 
         def fill(k: int) -> None:
             generator = stream("V", self.seed, index=start // ROWS_PER_DRAW + k)

@@ -99,7 +99,7 @@ def reconstruct(
     if resume is not None:
         version = machine()["libraries"].get("paperlib")
         name = fingerprint(theta, **chosen, version=version)
-        saved = SavedAttack(resume, name, group=getattr(model, "group", None))
+        saved = SavedAttack(resume, name, group=model.group)
     found = saved.result
     # A solver that keeps no state between its steps has only its result kept.
     kept = {"saved": saved} if "saved" in known else {}

@@ -80,10 +80,10 @@ def conclude(loss: float, tolerance: float, *, identifiable: bool, agreed: bool 
     if not identifiable:
         return (
             "explained, not identified: these data explain the parameters, but the parameters "
-            "count no more numbers than the data (p < d n), so other data explain them as well; "
+            "count no more numbers than the data, so other data explain them as well; "
             "these are not guaranteed to be the training data"
         )
     return (
         "explained and identified: these data explain the parameters, which count more numbers "
-        "than the data (p > d n), so they are expected to be the training data"
+        "than the data, so they are expected to be the training data"
     )

@@ -111,6 +111,13 @@ class SecondOrderSolver(Attempts):
                 f"start={start!r} needs a model with weights V and an activation with a second "
                 "moment"
             )
+        # The spectral start has d directions at most, and (V^T V)^-1 needs as many features.
+        room = n <= model.d <= model.p
+        if start in ("messages", "subspace") and not room:
+            raise ValueError(
+                f"start={start!r} needs n <= d <= p, got n = {n}, d = {model.d}, p = {model.p}"
+            )
+        possible = possible and room
         self.messages = possible and start in ("auto", "messages")
         self.messages = self.messages and (self.ratio > 1 or start == "messages")
         self.always_messages = start == "messages" or (self.messages and self.ratio < NEAR)
@@ -130,7 +137,7 @@ class SecondOrderSolver(Attempts):
         sent = self.always_messages or (self.messages and restarts > 1)
         self.wanted_keep = keep
         self.start_bytes = max(
-            message_bytes(n, len(theta), model.p) if sent else 0,
+            message_bytes(n, len(theta), model.p, model.d) if sent else 0,
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
         )
         self.keep = self._allot(Formats(self.bulk, self.products))
@@ -154,12 +161,19 @@ class SecondOrderSolver(Attempts):
     def _lifts(self, wanted: bool | None) -> bool:
         """Whether the linear part is lifted: as wanted, or where there is one and room."""
         model = self.model
+        liftable = model.has_weights and model.linear_coefficient != 0
+        spent = model.d + self.candidates
         if wanted is None:
-            room = model.d + self.candidates <= LIFT_SHARE * model.p
-            return model.linear_coefficient != 0 and room
-        if wanted and model.linear_coefficient == 0:
+            room = spent <= LIFT_SHARE * model.p
+            return liftable and room
+        if wanted and not liftable:
             raise ValueError(
                 "lift=True needs a model with weights V and an activation with a linear part"
+            )
+        if wanted and spent >= model.p:
+            raise ValueError(
+                f"lift=True spends d + {self.candidates} candidates = {spent} of the p equations: "
+                f"it needs more than that, got p = {model.p}"
             )
         return wanted
 
@@ -235,9 +249,9 @@ class SecondOrderSolver(Attempts):
                 # have to agree, and with two starts.
                 share, others = (1.0, 2) if messages else (AGREEMENT, 1)
                 met = sum(same_samples(attempt.X, X, share=share) for X in self.independent)
-                best.agreed = met >= others
                 self.independent.append(attempt.X)
-                if best.agreed:
+                if met >= others and same_samples(best.X, attempt.X, share=share):
+                    best.agreed = True
                     break
             self.saved.keep(self.state() | {"restart": restart + 1})
         return self.best

@@ -210,7 +210,6 @@ class Stages:
             **stall,
         )
         self.damping = Damping()
-        run.point.forget_curvature()
         self._log(log(run.status, run.point.loss, run.passes))
         return run.point
 

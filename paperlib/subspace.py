@@ -68,6 +68,7 @@ class SubspaceFeatures(FeatureMap):
         self.linear_coefficient, self.odd = model.linear_coefficient, model.odd
         self.scale = (model.d / self.d) ** 0.5
         self.gaussian_weights = model.gaussian_weights
+        self.group, self.projected_off = model.group, model.projected_off
         if model.has_weights:
             # Solvers tell by this method that there are weights, so only then it may exist.
             self.activation = model.activation
@@ -161,16 +162,17 @@ class SubspaceBlock(FeatureBlock):
         self.start, self.stop = inner.start, inner.stop
 
     def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Any]:
-        """Features (n, h) at the points S z, and the model's state."""
-        return self.inner.linearize(X @ self.S.T, lifted=lifted)
+        """Features (n, h) at the points S z; n and the model's state."""
+        features, state = self.inner.linearize(X @ self.S.T, lifted=lifted)
+        return features, (len(X), state)
 
     def jvp(self, state: Any, dX: Tensor) -> Tensor:
         """J_x S dz in row i, (n, h)."""
-        return self.inner.jvp(state, dX @ self.S.T)
+        return self.inner.jvp(state[1], dX @ self.S.T)
 
     def vjp(self, state: Any, W: Tensor) -> Tensor:
         """S^T J_x^T w in row i, (n, k)."""
-        return self.inner.vjp(state, W) @ self.S
+        return self.inner.vjp(state[1], W) @ self.S
 
     def slope_gram(self, state: Any) -> Tensor:
         """Hutchinson's estimate of tr(S^T J_i^T J_j S) / k, (n, n), from random signs in R^h.
@@ -178,7 +180,7 @@ class SubspaceBlock(FeatureBlock):
         The model's own estimate would be the trace over all d directions, most of which are not
         open to the attack; for pictures they are not alike.
         """
-        n, h, k = len(self.inner.slope_gram(state)), self.stop - self.start, self.S.shape[1]
+        n, h, k = state[0], self.stop - self.start, self.S.shape[1]
         generator = stream("subspace probes", 0, index=self.index)
         gram = torch.zeros(n, n, dtype=torch.float64, device=self.S.device)
         for _ in range(PROBES):

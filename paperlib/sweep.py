@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Literal
 from paperlib.checks import check_count
 from paperlib.grid import check_grid, experiment_version
 from paperlib.job import POLL, Job
+from paperlib.progress import progress_bar
 from paperlib.results import tabulate
 from paperlib.store import Store
 
 if TYPE_CHECKING:
     import pandas
-    import tqdm
     from distributed import Client
 
 SCHEDULER = "PAPERLIB_SCHEDULER"
@@ -116,7 +116,13 @@ def sweep(
             jobs.append(Job(function, cell, *common, supersedes=seen))
 
     with (
-        _bar(len(cells), done=len(cells) - len(jobs), shown=progress) as bar,
+        progress_bar(
+            progress,
+            total=len(cells),
+            initial=len(cells) - len(jobs),
+            unit="cell",
+            smoothing=0.05,
+        ) as bar,
         closing(_run_all(jobs, client, workers, threads, resources, allowed_failures)) as running,
     ):
         for record in running:
@@ -168,14 +174,6 @@ def _run_here(jobs: list[Job]) -> Iterator[dict]:
                 yield record
         if len(busy) == len(jobs):
             time.sleep(POLL)
-
-
-def _bar(total: int, *, done: int, shown: bool | None) -> tqdm.tqdm:
-    from tqdm.auto import tqdm
-
-    if shown is None:
-        shown = os.environ.get("PAPERLIB_PROGRESS", "1") != "0"
-    return tqdm(total=total, initial=done, unit="cell", smoothing=0.05, disable=not shown)
 
 
 def _warn_of_faults(table: list[dict]) -> None:

@@ -1,9 +1,10 @@
-"""Taking superfluous candidates out where several share a sample."""
+"""Taking superfluous candidates out where several share a sample; and when restarts agree."""
 
 import pytest
 import torch
 
 from paperlib import RandomFeatures, sphere
+from paperlib.attempts import Attempt
 from paperlib.elimination import eliminate
 from paperlib.progress import Progress
 from paperlib.second_order import SecondOrderSolver
@@ -66,3 +67,18 @@ def test_what_elimination_leaves_is_kept_where_nothing_explains_the_parameters()
     point = solver._evaluate(torch.cat([candidates, extra]), lifted=True, exact=False)
     plain = point.X[eliminate(point, N).kept]
     assert torch.equal(solver._thinned(point, plain, 0), plain)
+
+
+@pytest.mark.parametrize(
+    ("losses", "agreed"), [((0.01, 0.02, 0.02, 0.02), False), ((0.02, 0.02, 0.01), True)]
+)
+def test_restarts_that_agree_say_nothing_of_another_result(monkeypatch, losses, agreed):
+    """The best stands alone in the first case: the others found the same, but worse."""
+    solver, X = attempts(tiny=1.0, seed=0)
+    solver.restarts, solver.messages, solver.searches = len(losses), False, False
+    alone = sphere(N, D, seed=7, dtype=torch.float64).X
+    found = [X if agreed or k else alone for k in range(len(losses))]
+    outcomes = iter(zip(found, losses, strict=True))
+    monkeypatch.setattr(solver, "_attempt", lambda start, k: Attempt(*next(outcomes), k))
+    best = solver.solve()
+    assert best.loss == min(losses) and best.agreed == agreed

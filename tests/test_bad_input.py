@@ -41,9 +41,13 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
         ({"p": True}, TypeError, "p must be a whole number, got True"),
         ({"activation": "swish"}, ValueError, "unknown activation 'swish': expected one of erf, "),
         ({"activation": 3}, ValueError, "unknown activation 3: expected one of"),
-        ({"device": "cuda:7"}, ValueError, "device cuda:7 is not there: expected one of .*'cpu'"),
-        ({"device": "nonsense"}, ValueError, "device nonsense is not there: expected one of"),
-        ({"device": "meta"}, ValueError, "device meta is not there: expected one of"),
+        (
+            {"device": "cuda:7"},
+            ValueError,
+            "device cuda:7 is not there, .*: expected one of .*'cpu'",
+        ),
+        ({"device": "nonsense"}, ValueError, "device nonsense is not there, .*: expected one of"),
+        ({"device": "meta"}, ValueError, "device meta is not there, .*: expected one of"),
         ({"dtype": torch.float16}, TypeError, "torch.float32 or torch.float64, got torch.float16"),
         ({"dtype": torch.int32}, TypeError, "torch.float32 or torch.float64, got torch.int32"),
         ({"dtype": "float32"}, TypeError, "torch.float32 or torch.float64, got float32"),
@@ -63,6 +67,29 @@ def test_random_features(arguments, error, message):
 def test_unknown_activation_by_name():
     with pytest.raises(ValueError, match="unknown activation 'Relu': expected one of .*relu"):
         activation("Relu")
+
+
+def test_a_device_is_named_as_tensors_name_it(monkeypatch):
+    """Tensors on "cuda" are on "cuda:0", and checks compare a model's device with theirs."""
+
+    class Probe:
+        device = torch.device("cuda:0")
+
+        def cpu(self):
+            return self
+
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: Probe())
+    assert check_device("cuda") == torch.device("cuda:0") != torch.device("cuda")
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    def empty(*size, dtype, device):
+        if dtype == torch.float64:
+            raise TypeError("no float64 there")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(ValueError, match="device mps is not there, or has no float64: expected"):
+        check_device("mps")
 
 
 def test_no_device_means_the_cpu():

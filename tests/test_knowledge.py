@@ -1,6 +1,7 @@
 """Attackers who know less or more: projected features against dense oracles, and what cells say."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from paperlib import (
     ModuleFeatures,
     RandomFeatures,
+    SubspaceFeatures,
     compare,
     fit_min_norm,
     projection_loss,
@@ -26,6 +28,7 @@ from paperlib.experiments.knowledge import (
     run_unlearning_cell,
     weakened,
 )
+from paperlib.identifiability import numbers_per_unknown
 from paperlib.known_samples import WithoutKnown
 
 DOUBLE = torch.float64
@@ -91,6 +94,46 @@ def test_lifting_projects_the_columns_of_v_off_as_well():
 def test_wrong_signs_are_mended_by_a_lifted_attempt():
     cell = run_informed_cell(6, 32, 2, 5.0, seed=0, restarts=2, max_steps=25)
     assert cell["recovered"] == 2 and cell["projection_loss"] < 1e-9
+
+
+def test_the_record_tells_of_the_lifted_attempt(monkeypatch):
+    data = sphere(6, 32, seed=0)
+    model = RandomFeatures(32, 4 + 5 * 32 * 2, seed=0)
+    theta = fit_min_norm(model, data.X, data.y)
+    options = {"restarts": 1, "max_steps": 25, "progress": False}
+    true = reconstruct_unknown(model, theta, 2, data.X[2:], **options)
+    assert true.explained
+    # An attempt that stops at once, then one that finds the samples up to sign.
+    wrong = replace(true, samples=sphere(2, 32, 9).X, loss=0.5, explained=False, restart=0)
+    turned = replace(true, samples=-true.samples, restart=3, elimination_losses=[0.25])
+    records = iter([wrong, turned])
+    monkeypatch.setattr("paperlib.known_samples.reconstruct", lambda *a, **o: next(records))
+    found = reconstruct_unknown(model, theta, 2, data.X[2:], **options)
+    assert found.explained and compare(data.X[:2], found.samples).recovered() == 2
+    assert (found.restart, found.elimination_losses) == (3, [0.25])
+    last = found.stages[-1]
+    assert (last["stage"], last["restart"], last["loss"]) == ("finish", 3, found.loss)
+    assert found.passes == 2 * true.passes + last["passes"]
+    assert found.seconds == 2 * true.seconds + last["seconds"]
+
+
+def test_known_samples_are_projected_off_in_low_precision_too():
+    model = RandomFeatures(D, P, seed=1)
+    rest = WithoutKnown(model, sphere(M, D, seed=4).X)
+    X = sphere(N, D, seed=5).X
+    low = torch.cat([b.linearize(X.bfloat16())[0] for b in rest.blocks(dtype=torch.bfloat16)], 1)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), rest.features(X), rtol=0, atol=0.05)
+
+
+def test_a_subspace_keeps_what_is_known_of_the_model():
+    model = WithoutKnown(RandomFeatures(D, P, seed=1, dtype=DOUBLE), normal(M, D, seed=2))
+    inner = SubspaceFeatures(model, normal(D, 4, seed=3))
+    theta = normal(1, P, seed=4)
+    assert inner.projected_off is model.projected_off
+    assert numbers_per_unknown(inner, theta, 2) == (P - M) / (2 * 4)
+    model.group = object()
+    assert SubspaceFeatures(model, normal(D, 4, seed=3)).group is model.group
 
 
 def test_samples_known_twice_count_once():

@@ -198,9 +198,10 @@ def test_message_passing_is_counted_where_it_takes_more():
     model = paperlib.RandomFeatures(50, 4000)
     descent = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS)["activations"]
     assert descent == 2 * 3 * 4000 * 4
-    starts = message_bytes(3, 2, 4000)
+    starts = message_bytes(3, 2, 4000, 50)
     both = memory.predicted_bytes(model, 3, 2, FLOAT32, keep=INPUTS, starts=starts)
-    assert both["activations"] == 3 * (3 + 2) * 4000 * 4  # the scores of samples and outputs
+    scores = 3 * (3 + 2) * 4000 * 4  # of samples and outputs
+    assert both["activations"] == scores + 2 * 50 * 50 * 8  # and two second moments
 
 
 @pytest.mark.parametrize(("restarts", "refused"), [(1, False), (2, True)])
@@ -208,7 +209,7 @@ def test_a_run_whose_messages_would_not_fit_is_refused(monkeypatch, restarts, re
     data = paperlib.sphere(3, 40, seed=1)
     model = paperlib.RandomFeatures(40, 600, placement="streamed")  # p = 5 d n
     theta = paperlib.fit_min_norm(model, data.X, data.y)
-    monkeypatch.setattr("paperlib.second_order.message_bytes", lambda n, outputs, p: 10**9)
+    monkeypatch.setattr("paperlib.second_order.message_bytes", lambda *sizes: 10**9)
     set_free(monkeypatch, 10**8)
     if refused:
         with pytest.raises(MemoryError, match="activations 1 GB"):

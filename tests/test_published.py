@@ -1,6 +1,7 @@
 """The paper's momentum gradient descent: its formula, its settings, and what it finds."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -205,6 +206,30 @@ def test_passes_and_stages_are_counted():
     assert seen[0][0] == "descent" and seen[-1][0] == "restart 3, descent"
     assert [record["loss"] for record in found.history] == [loss for _, loss, _ in seen]
     assert found.elimination_losses == []
+
+
+def test_a_streamed_v_is_never_held_as_a_whole(monkeypatch):
+    model = RandomFeatures(8, 16 * 1024, block_rows=1024, placement="streamed")
+    rows_of, alive, most = model.weight_blocks, [], []
+
+    def watched(**options):
+        for start, V in rows_of(**options):
+            alive.append(weakref.ref(V))
+            most.append(sum(V() is not None for V in alive))
+            yield start, V
+
+    monkeypatch.setattr(model, "weight_blocks", watched)
+    theta = torch.randn(1, model.p)
+    loss_and_gradient(model, theta, candidates(3, 8).float(), total=1.0, relu_slope=0.02)
+    assert len(alive) == 32 and max(most) <= 2
+
+
+def test_a_descent_that_cannot_fit_is_refused_before_v_is_drawn(monkeypatch):
+    model = RandomFeatures(50, 4000, placement="resident")
+    monkeypatch.setattr("paperlib.memory.free_bytes", lambda device: 850_000)
+    with pytest.raises(MemoryError, match="features and slopes 96 kB, weights 800 kB"):
+        reconstruct(model, torch.ones(1, 4000), 3, **PUBLISHED)
+    assert not model.holds(torch.float32)
 
 
 def test_restarts_end_with_the_first_that_explains():

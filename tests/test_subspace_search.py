@@ -8,6 +8,7 @@ import torch
 from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
 from paperlib.activations import Activation
 from paperlib.given_features import GivenFeatures
+from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.outlying_directions import BEYOND, krylov_space, outlying_directions
 from paperlib.projection import Linearization
@@ -312,16 +313,15 @@ def test_a_search_takes_no_more_than_was_predicted(monkeypatch, n, d, ratio, C):
     model, theta, _ = problem(n, d, ratio, C=C)
     lift = Lift(model, theta, dtype=model.dtype)
     search, taken, sizes = search_of(model, theta, n, lift=lift), [], []
-    descend = search._descend
 
-    def watched(features, lift, Z):
-        run = descend(features, lift, Z)
-        weights = sum(W.numel() * W.element_size() for _, W in features.weight_blocks())
-        taken.append(2 * run.point._kept.bytes + weights)
-        sizes.append(features.p)
-        return run
+    def watched(evaluate, Z, **options):
+        point = evaluate(Z)
+        weights = sum(W.numel() * W.element_size() for _, W in point.model.weight_blocks())
+        taken.append(2 * point._kept.bytes + weights)
+        sizes.append(point.model.p)
+        return levenberg_marquardt(evaluate, Z, **options)
 
-    monkeypatch.setattr(search, "_descend", watched)
+    monkeypatch.setattr("paperlib.subspace_search.levenberg_marquardt", watched)
     X = search.first()
     search.next(Linearization(model, lift.theta, X, lift=lift, curvature=True))
     predicted = search_bytes(model, n, search.candidates, C)
