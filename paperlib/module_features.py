@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -98,7 +99,7 @@ class ModuleFeatures(FeatureMap):
         self.input_shape = tuple(check_count("input_shape", size) for size in shape)
         self.d = math.prod(self.input_shape)
         self.probes = check_count("probes", probes)
-        self.seed = int(seed)
+        self.seed = check_count("seed", seed, least=0)
         self.name = type(module).__name__
         tensors = [t for t in module.parameters()] + [
             b for b in module.buffers() if b.is_floating_point()
@@ -149,8 +150,13 @@ class ModuleFeatures(FeatureMap):
             return torch.cat([self.forward(part) for part in X.split(self.chunk)])
 
     def describe(self) -> dict[str, Any]:
-        """Class, sizes and a checksum of the module, which tells whether it is the same one."""
-        digest = hashlib.sha256()
+        """Class, sizes and a checksum of the module, which tells whether it is the same one.
+
+        The checksum is of its layers as they print, and of its tensors.
+        """
+        # Where an object lies in memory is of this process alone.
+        layers = re.sub(r" at 0x[0-9a-fA-F]+", "", str(self.module))
+        digest = hashlib.sha256(layers.encode())
         for name, tensor in self.module.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

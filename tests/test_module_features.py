@@ -190,6 +190,22 @@ def test_describe_tells_modules_apart():
     module = seeded(MODULES["perceptron"][1])
     module[0].weight.data[0, 0] += 1e-6
     assert ModuleFeatures(module, 6).describe()["sha256"] != a["sha256"]
+    one = nn.Linear(6, 3)
+    relu, tanh = (ModuleFeatures(nn.Sequential(one, act), 6) for act in (nn.ReLU(), nn.Tanh()))
+    assert relu.describe()["sha256"] != tanh.describe()["sha256"]
+
+
+class Printed(nn.Linear):
+    """A layer that prints as an object without a name does."""
+
+    def extra_repr(self):
+        return f"<function at {hex(id(self))}>"
+
+
+def test_describe_does_not_depend_on_where_a_module_lies_in_memory():
+    module = Printed(6, 3)
+    one, other = ModuleFeatures(module, 6), ModuleFeatures(module, 6)
+    assert str(one.module) != str(other.module) and one.describe() == other.describe()
 
 
 def test_rows_and_dtypes_follow_the_module():
@@ -244,6 +260,8 @@ def test_wrong_options_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             ModuleFeatures(module, 6, **options)
+    with pytest.raises(TypeError, match="seed must be a whole number, got 1.7"):
+        ModuleFeatures(module, 6, seed=1.7)
 
 
 def test_attention_settings_of_torch_are_put_back():
