@@ -70,7 +70,8 @@ class Audit:
         n: number of samples attacked; None where nothing was.
         count: how n was estimated; None if it was given.
         moved: ||W(T) - W(0)|| / ||W(0)|| of the last layer.
-        body_moved: the same for all parameters below it; 0 if only the last layer was trained.
+        body_moved: the same for everything below it, running means and variances too; 0 if only
+            the last layer was trained.
         samples: (n, *input_shape), what was read back; None where nothing was attacked.
         confirmed: (n,) which of them are confirmed; see `verdict`.
         shares: (n,) how much the loss rises without each sample: those with a small one are found
@@ -115,7 +116,8 @@ class Audit:
     def verdict(self) -> str:
         """What was found, in a word or three.
 
-        - "read back": samples explain the parameters, which hold more numbers than the data.
+        - "read back": samples explain the parameters, which hold more numbers than the data. All
+          are confirmed.
         - "agreed on", "partly agreed on": they are not explained (no data would, after layers
           below moved), and two independent attacks found the same samples, all or some.
         - "not found": two attacks found different samples.
@@ -127,7 +129,7 @@ class Audit:
             return "not determined" if self.readable == 0 else "not attacked"
         if self.record is None:
             return "not determined"
-        if self.record.explained and self.record.identifiable:
+        if _read_back(self.record):
             return "read back"
         found = int(self.confirmed.sum())
         if found == self.n:
@@ -174,6 +176,7 @@ def audit(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Audit:
     """Attack a model through its last layer, and say what came of it.
 
@@ -202,6 +205,8 @@ def audit(
         device: where to compute, the CPU if None.
         dtype: float32 (if None) or float64.
         progress: as in `reconstruct`.
+        resume: a folder in which both attacks are kept, to go on if they are stopped; as in
+            `reconstruct`. An estimate of n begins anew.
 
     Returns:
         An `Audit`; print it.
@@ -211,6 +216,7 @@ def audit(
         ValueError: for checkpoints that do not fit, a last layer that is none, two equal states,
             or features that `ModuleFeatures` refuses.
         FileNotFoundError: for a path where nothing is.
+        OSError: if the folder of `resume` cannot be written.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -220,6 +226,8 @@ def audit(
     n = None if n is None else check_count("n", n)
     if radius is not None:
         radius = check_positive("radius", radius)
+    if data is not None:
+        _check_data(data, shape)
     device, dtype = check_device(device), check_dtype(dtype)
     states = {"before": load_state_dict(before), "after": load_state_dict(after)}
     check_states_fit(module, states)
@@ -228,17 +236,19 @@ def audit(
 
     probe = random_on_sphere(3, d, generator=stream("audit", 0)).to(device, dtype)
     check_last_layer(trained, last_layer, probe.reshape(-1, *shape))
-    start, end = (states[k][f"{last_layer}.weight"].to(device, dtype) for k in states)
-    theta = end - start
+    # Subtracted as they were stored: their difference is small beside them.
+    start, end = (states[k][f"{last_layer}.weight"].double() for k in states)
+    theta = (end - start).to(device, dtype)
     if not bool((theta != 0).any()):
         raise ValueError(
             f"the weights of {last_layer!r} are the same before and after: it was not trained, or "
             "the same checkpoint was given twice"
         )
     body = LastLayerInput(trained, last_layer)
-    if radius is None and is_homogeneous(body, probe.reshape(-1, *shape)):
-        radius = math.sqrt(d)
-    inputs = InputsOfAnyNorm(body, shape, radius=radius)
+    norm = radius
+    if norm is None and is_homogeneous(body, probe.reshape(-1, *shape)):
+        norm = math.sqrt(d)
+    inputs = InputsOfAnyNorm(body, shape, radius=norm)
     features = ModuleFeatures(inputs, inputs.d, device=device, dtype=dtype, seed=seed)
     rank = independent_rows(theta, cutoff=INDEPENDENT)
     known = {
@@ -252,11 +262,15 @@ def audit(
         "moved": _moved(states, [f"{last_layer}.weight"]),
         "body_moved": _moved(
             states,
-            [k for k, _ in module.named_parameters() if not k.startswith(f"{last_layer}.")],
+            [
+                key
+                for key, value in states["after"].items()
+                if value.is_floating_point() and not key.startswith(f"{last_layer}.")
+            ],
         ),
         "features": features,
         "theta": theta,
-        "start": start,
+        "start": start.to(device, dtype),
     }
     search = {
         "seed": seed,
@@ -271,7 +285,7 @@ def audit(
         options = search | {"tolerance": max(COUNTED, tolerance or 0)}
         count = estimate_sample_count(features, theta, most=most, **options)
         n = count.n
-    found = _attack(features, theta, n, known["readable"], search)
+    found = _attack(features, theta, n, known["readable"], search | {"resume": resume})
     if found["record"] is not None:
         found["samples"] = inputs.inputs(found["record"].samples)
     return Audit(
@@ -301,16 +315,21 @@ def _attack(
     if n is None or n > readable:
         return nothing
     record = reconstruct(features, theta, n, **search)
-    if record.explained and record.identifiable:
-        confirmed = torch.ones(n, dtype=torch.bool)
-    else:
+    confirmed = torch.ones(n, dtype=torch.bool)
+    if not _read_back(record):
         other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
         if other.loss < record.loss:
             record, other = other, record
-        confirmed = close_rows(record.samples, other.samples)
+        if not _read_back(record):
+            confirmed = close_rows(record.samples, other.samples)
     point = Linearization(features, theta, record.samples)
     shares = removal_costs(point.gram_inverse, point.alpha) / point.total_square
     return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+
+
+def _read_back(record: Reconstruction) -> bool:
+    """Whether the samples explain the parameters, and no others would."""
+    return record.explained and record.identifiable
 
 
 def close_rows(A: Tensor, B: Tensor, *, tolerance: float = SAME) -> Tensor:
@@ -339,6 +358,17 @@ def stretch(samples: Tensor, image_shape: Sequence[int]) -> np.ndarray:
     return pictures.transpose(0, 2, 3, 1) if len(shape) == 3 and shape[0] == 3 else pictures
 
 
+def _check_data(data: object, shape: tuple[int, ...]) -> None:
+    """Inputs (n, *shape), finite."""
+    if not isinstance(data, Tensor) or not data.dtype.is_floating_point:
+        raise TypeError("data must be a tensor of floating-point numbers")
+    if data.ndim != len(shape) + 1 or tuple(data.shape[1:]) != shape or len(data) == 0:
+        raise ValueError(
+            f"data must have shape (n, {', '.join(map(str, shape))}), got {tuple(data.shape)}"
+        )
+    check_finite("data", data)
+
+
 def _judge(
     data: Tensor | None,
     samples: Tensor | None,
@@ -351,13 +381,7 @@ def _judge(
     nothing = {"comparison": None, "residual_at_truth": None}
     if data is None:
         return nothing
-    if not isinstance(data, Tensor) or not data.dtype.is_floating_point:
-        raise TypeError("data must be a tensor of floating-point numbers")
-    if data.ndim != len(shape) + 1 or tuple(data.shape[1:]) != shape or len(data) == 0:
-        raise ValueError(
-            f"data must have shape (n, {', '.join(map(str, shape))}), got {tuple(data.shape)}"
-        )
-    rows = check_finite("data", data).to(features.device, features.dtype).flatten(1)
+    rows = data.to(features.device, features.dtype).flatten(1)
     own = ModuleFeatures(body, shape)
     residual = float(projection_loss(own, theta, rows))
     if samples is None:

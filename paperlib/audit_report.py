@@ -22,7 +22,10 @@ def in_words(found: Audit) -> list[str]:
     ]
     if found.independent < found.outputs:
         lines.append(f"              {found.independent} of its {found.outputs} rows independent")
-    norms = "of unknown norm" if found.d_searched > found.d else "known but for their norm"
+    norms = "of known norm"
+    if found.options["radius"] is None:
+        searched = found.d_searched > found.d
+        norms = "of unknown norm" if searched else "whose norm leaves no trace"
     lines.append(
         f"layers below  moved by {found.body_moved:.2g} of their norm"
         + ("" if found.body_moved else ": the last layer holds sums of features exactly")

@@ -56,9 +56,10 @@ def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
             f"the weights of last_layer {name!r} are used in two places ({', '.join(shared)}), so "
             "that they did not move within the span of one layer's inputs"
         )
+    # In the order in which they begin: what holds the last layer begins before it and ends after it.
     order: list[str] = []
     handles = [
-        part.register_forward_hook(lambda *_, key=key: order.append(key))
+        part.register_forward_pre_hook(lambda *_, key=key: order.append(key))
         for key, part in parts.items()
         if next(part.parameters(recurse=False), None) is not None
     ]
@@ -117,6 +118,10 @@ class LastLayerInput(nn.Module):
             )
         return features.reshape(len(X), -1)
 
+    def extra_repr(self) -> str:
+        """Which layer it is."""
+        return f"last_layer={self.last_layer!r}"
+
 
 class InputsOfAnyNorm(nn.Module):
     """A body fed with rows on a sphere, whose norms in the network's own units are free or fixed.
@@ -157,6 +162,10 @@ class InputsOfAnyNorm(nn.Module):
     def forward(self, Z: Tensor) -> Tensor:
         """(n, d) -> (n, p)."""
         return self.body(self.inputs(Z))
+
+    def extra_repr(self) -> str:
+        """Shape and norm of the inputs."""
+        return f"input_shape={self.input_shape}, radius={self.radius}"
 
 
 def is_homogeneous(body: nn.Module, inputs: Tensor) -> bool:

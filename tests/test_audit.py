@@ -1,5 +1,7 @@
 """The audit against its definitions, on networks small enough to train in a moment."""
 
+import functools
+import importlib
 import math
 
 import pytest
@@ -16,9 +18,18 @@ from paperlib.experiments.audit import (
     standardised_digits,
     train_and_save,
 )
-from paperlib.last_layer import InputsOfAnyNorm, LastLayerInput, is_homogeneous
+from paperlib.last_layer import (
+    InputsOfAnyNorm,
+    LastLayerInput,
+    check_last_layer,
+    is_homogeneous,
+)
 from paperlib.module_features import Tangents
 from paperlib.protections import protections
+from paperlib.reconstruct import SOLVERS
+
+# Its module, which the function of that name hides.
+AUDIT = importlib.import_module("paperlib.audit")
 
 D, WIDTH, C, N = 6, 120, 3, 3
 QUICK = {"restarts": 1, "max_steps": 60, "tolerance": 1e-12, "progress": False}
@@ -177,6 +188,73 @@ def test_norms_that_leave_no_trace_are_not_searched_for():
     torch.testing.assert_close(norms, torch.full_like(norms, math.sqrt(D)))
 
 
+def refuse(*_, **__):
+    raise AssertionError("an attack was run")
+
+
+def test_norms_are_named_as_they_were_given(exact):
+    module, _, before, after, found = exact
+    given = {"last_layer": "2", "input_shape": D, "n": found.readable + 60}
+    known = audit(module, before, after, radius=2.0, **given)
+    assert "6 numbers, of known norm" in str(known) and known.options["radius"] == 2
+    unknown = audit(module, before, after, **given)
+    assert "6 numbers, of unknown norm" in str(unknown) and unknown.options["radius"] is None
+    relu = nn.Sequential(nn.Linear(D, WIDTH, bias=False), nn.ReLU(), nn.Linear(WIDTH, C))
+    moved = {k: v + 0.01 * torch.randn(v.shape) for k, v in relu.state_dict().items()}
+    silent = audit(relu, relu.state_dict(), moved, **given)
+    assert "6 numbers, whose norm leaves no trace" in str(silent)
+    assert silent.options["radius"] is None and silent.d_searched == D
+
+
+def test_all_samples_are_confirmed_where_the_second_attack_explains(exact, monkeypatch):
+    module, _, before, after, _ = exact
+    attack = AUDIT.reconstruct
+
+    def first_stops_early(*given, seed, max_steps, **options):
+        return attack(*given, seed=seed, max_steps=max_steps if seed else 1, **options)
+
+    monkeypatch.setattr(AUDIT, "reconstruct", first_stops_early)
+    found = audit(
+        module, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
+    )
+    assert found.record.options["seed"] == 1 and found.verdict == "read back"
+    assert bool(found.confirmed.all())
+
+
+def test_an_audit_goes_on_where_it_was_stopped(exact, monkeypatch, tmp_path):
+    module, _, before, after, found = exact
+    given = {"last_layer": "2", "input_shape": D, "n": N, "dtype": torch.float64, **QUICK}
+    first = audit(module, before, after, resume=tmp_path, **given)
+    assert torch.equal(first.samples, found.samples)
+    solver = "levenberg-marquardt"
+    never = functools.wraps(SOLVERS[solver])(lambda *_, **__: refuse())  # with the same options
+    monkeypatch.setitem(SOLVERS, solver, never)
+    again = audit(module, before, after, resume=tmp_path, **given)
+    assert torch.equal(again.samples, first.samples)
+    with pytest.raises(AssertionError, match="an attack was run"):  # of inputs of another norm
+        audit(module, before, after, resume=tmp_path, radius=2.0, **given)
+
+
+def test_running_statistics_count_as_layers_below():
+    module = nn.Sequential(nn.Linear(D, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, C))
+    before, after = clone(module), clone(module)
+    after["2.weight"] += 0.01 * torch.randn(C, WIDTH)
+    given = {"last_layer": "2", "input_shape": D, "n": 1000}
+    assert audit(module, before, after, **given).body_moved == 0
+    after["1.running_mean"] += 1
+    after["1.num_batches_tracked"] += 1
+    assert audit(module, before, after, **given).body_moved > 0
+
+
+def test_checkpoints_are_subtracted_before_they_are_rounded(exact):
+    module, _, before, _, _ = exact
+    moves = 1e-9 * torch.randn(C, WIDTH, dtype=torch.float64)
+    after = before | {"2.weight": before["2.weight"] + moves}
+    found = audit(module, before, after, last_layer="2", input_shape=D, n=1000)
+    assert found.theta.dtype == torch.float32
+    torch.testing.assert_close(found.theta.double(), moves, rtol=1e-5, atol=1e-14)
+
+
 def test_the_last_layer_reads_the_same_as_the_layers_below_give():
     module, X = network(), inputs()
     reader = LastLayerInput(module, "2")
@@ -291,6 +369,25 @@ class Twice(nn.Module):
         return self.head(torch.stack([h, -h], dim=1)) if self.way == "tokens" else self.head(h)
 
 
+class Rooted(nn.Module):
+    """A network with a parameter of its own beside its layers, as a transformer's class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.top = nn.Parameter(torch.ones(D)), nn.Module()
+        self.top.scale, self.top.head = nn.Parameter(torch.ones(D)), nn.Linear(D, C)
+        self.top.forward = lambda x: self.top.head(self.top.scale * x)
+
+    def forward(self, x):
+        return self.top(torch.tanh(x + self.token))
+
+
+def test_what_holds_the_last_layer_may_have_parameters():
+    module = Rooted()
+    layer = check_last_layer(module, "top.head", torch.randn(2, D))
+    assert layer is module.top.head and not layer._forward_pre_hooks
+
+
 @pytest.mark.parametrize(
     ("make", "layer", "message"),
     [
@@ -326,13 +423,17 @@ def test_equal_states_are_refused(exact):
         ({"input_shape": 5}, ValueError, r"does not take inputs of shape \(5\): mat1 and mat2"),
         ({"data": torch.ones(2, 5)}, ValueError, r"shape \(n, 6\), got \(2, 5\)"),
         ({"data": [1.0]}, TypeError, "data must be a tensor"),
+        ({"data": torch.full((2, D), math.nan)}, ValueError, "data must be finite, got 12"),
         ({"before": "nowhere.pt"}, FileNotFoundError, "no checkpoint at nowhere.pt"),
         ({"module": "net"}, TypeError, "torch.nn.Module, got str"),
     ],
 )
-def test_other_bad_input_is_refused(exact, options, error, message):
-    module, _, before, after, found = exact
+def test_other_bad_input_is_refused_before_any_attack(
+    exact, monkeypatch, options, error, message
+):
+    monkeypatch.setattr(AUDIT, "reconstruct", refuse)
+    module, _, before, after, _ = exact
     given = {"module": module, "before": before, "after": after, "last_layer": "2"}
-    given |= {"input_shape": D, "n": found.readable + 1} | options
+    given |= {"input_shape": D, "n": N} | options
     with pytest.raises(error, match=message):
         audit(**given)
