@@ -19,7 +19,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,9 @@ class Claim:
         os.fsync(self.descriptor)
         os.replace(self.store.part(self.key), self.store.file(self.key))
         self.written = True
-        _sync_folder(self.store.path)
+        # The record is there: if this fails, and the machine as well, its cell runs once more.
+        with suppress(OSError):
+            _sync_folder(self.store.path)
 
 
 class Store:
@@ -190,10 +192,13 @@ class Store:
             _keep_room(descriptor)
             yield claim
         finally:
-            if not claim.written:  # after a write, a file of that name is another's claim
-                os.unlink(self.part(key))
+            # What cannot be tidied up claims nothing without its lock: no reason to lose a result.
+            with suppress(OSError):
+                if not claim.written:  # after a write, a file of that name is another's claim
+                    os.unlink(self.part(key))
             _held.discard(descriptor)
-            os.close(descriptor)
+            with suppress(OSError):
+                os.close(descriptor)
 
     def _lock(self, key: str) -> int | None:
         if fcntl is None:

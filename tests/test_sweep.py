@@ -13,7 +13,7 @@ import torch
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 
-from paperlib import cluster
+from paperlib import cluster, store
 from paperlib.grid import check_grid
 from paperlib.job import Job
 from paperlib.results import read_store
@@ -236,6 +236,23 @@ def test_a_full_disk_is_told_and_costs_only_the_missing(tmp_path, runs, monkeypa
     assert len(os.listdir(tmp_path / "s")) == 3
     table = run(GRID, tmp_path / "s")
     assert (table["status"] == "ok").all() and len(runs()) == 10
+
+
+def test_a_result_outlives_whatever_fails_after_it(tmp_path, runs, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    Store(tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_sync_folder", fail)
+        assert list(run(GRID[:1], tmp_path / "s")["status"]) == ["ok"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "unlink", fail)
+        with pytest.warns(UserWarning, match="1 of 2 cells unsaved.*not saved"):
+            table = run(GRID[:2], tmp_path / "s")
+    assert table["norm"].notna().all() and not store._held
+    assert list(run(GRID[:2], tmp_path / "s")["status"]) == ["ok"] * 2 and len(runs()) == 3
 
 
 def test_a_worker_without_the_shared_folder_says_so(tmp_path, runs):
