@@ -56,7 +56,7 @@ def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
             f"the weights of last_layer {name!r} are used in two places ({', '.join(shared)}), so "
             "that they did not move within the span of one layer's inputs"
         )
-    # In the order in which they begin: what holds the last layer begins before it and ends after it.
+    # In the order in which they begin, since what holds the last layer ends after it.
     order: list[str] = []
     handles = [
         part.register_forward_pre_hook(lambda *_, key=key: order.append(key))

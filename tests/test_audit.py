@@ -428,9 +428,7 @@ def test_equal_states_are_refused(exact):
         ({"module": "net"}, TypeError, "torch.nn.Module, got str"),
     ],
 )
-def test_other_bad_input_is_refused_before_any_attack(
-    exact, monkeypatch, options, error, message
-):
+def test_other_bad_input_is_refused_before_any_attack(exact, monkeypatch, options, error, message):
     monkeypatch.setattr(AUDIT, "reconstruct", refuse)
     module, _, before, after, _ = exact
     given = {"module": module, "before": before, "after": after, "last_layer": "2"}
