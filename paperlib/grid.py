@@ -248,7 +248,8 @@ def _fits(value: object, annotation: object) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in options)
     if annotation in (list, tuple) or origin in (list, tuple, Sequence):
-        inner = options[0] if options and origin is not tuple else typing.Any
+        alike = options and (origin is not tuple or options[1:] == (...,))
+        inner = options[0] if alike else typing.Any
         return isinstance(value, list) and all(_fits(item, inner) for item in value)
     if annotation is dict or origin is dict:
         return isinstance(value, dict)

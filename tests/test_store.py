@@ -130,6 +130,18 @@ def test_a_whole_number_for_a_float_is_the_same_cell():
     assert one[0].parameters == {"n": 1, "p": 1.0, "seed": 0, "name": None}
 
 
+def shares(known: tuple[float, ...] = (0.0, 1.0), sizes: tuple[int, str] = (1, "a")) -> dict:
+    return {}
+
+
+def test_so_are_whole_numbers_in_a_tuple_of_floats():
+    one, other = (check_grid(shares, [{"known": known}])[0] for known in ([0, 1], (0.0, 1.0)))
+    assert one.key == other.key and type(one.parameters["known"][1]) is float
+    with pytest.raises(TypeError, match=r"'known'\] must be tuple\[float, ...\], got \['a'\]"):
+        check_grid(shares, [{"known": ["a"]}])
+    assert check_grid(shares, [{"sizes": (2, "b")}])[0].parameters["sizes"] == [2, "b"]
+
+
 def test_record_is_read_as_written_and_leaves_nothing_else(tmp_path):
     store = Store(tmp_path)
     assert store.read(KEY) is None
