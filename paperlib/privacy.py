@@ -85,7 +85,7 @@ def private_ridge(
     check_finite("X", check_rows("X", X, model))
     if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(X):
         raise ValueError(f"y must have shape ({len(X)}, C), got {tuple(getattr(y, 'shape', ()))}")
-    targets = check_finite("y", y.double())
+    targets = check_finite("y", y.to(model.device, torch.float64))
     longest = float(torch.linalg.vector_norm(targets, dim=1).max())
     if longest > 1 + 1e-9:
         raise ValueError(f"labels must have norm at most 1, got {longest:.3g}")
@@ -95,7 +95,7 @@ def private_ridge(
     features = features * (bound / norms).clamp(max=1)
     n = len(X)
     system = features @ features.T
-    system += n * check_positive("ridge", ridge) * torch.eye(n, dtype=torch.float64)
+    system.diagonal().add_(n * check_positive("ridge", ridge))
     clean = (torch.linalg.solve(system, targets).T @ features).to(model.dtype)
     sensitivity = ridge_sensitivity(n, ridge, bound)
     sigma = gaussian_sigma(sensitivity, epsilon, delta)

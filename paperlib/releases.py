@@ -29,7 +29,7 @@ def combine_releases(thetas: Sequence[Tensor], *, least: float | None = None) ->
     Args:
         thetas: releases, each (p,) or (C, p), trained minus initial parameters.
         least: relative singular value below which a direction counts as dependent; the square
-            root of the rounding unit of the dtype if not given (3e-4 in float32, 1.5e-8 in
+            root of the rounding unit of the coarsest dtype if not given (3e-4 in float32, 1.5e-8 in
             float64), which magnifies rounding to the same square root.
 
     Returns:
@@ -43,7 +43,7 @@ def combine_releases(thetas: Sequence[Tensor], *, least: float | None = None) ->
     stack = _stack(thetas)
     dtype = thetas[0].dtype
     if least is None:
-        least = math.sqrt(torch.finfo(dtype).eps)
+        least = math.sqrt(max(torch.finfo(theta.dtype).eps for theta in thetas))
     check_range("least", least, least=0, below=1)
     _, singular, rows = torch.linalg.svd(stack, full_matrices=False)
     rounding = max(stack.shape) * torch.finfo(torch.float64).eps

@@ -73,6 +73,7 @@ def test_the_default_cut_is_the_square_root_of_the_rounding_unit():
     nearly = [rows[0], rows[0] + 1e-5 * rows[1]]
     assert len(combine_releases(nearly)) == 2
     assert len(combine_releases([row.float() for row in nearly])) == 1
+    assert len(combine_releases([nearly[0], nearly[1].float()])) == 1  # the coarser one counts
 
 
 def test_shapes_and_dtype():
