@@ -82,9 +82,11 @@ class TwoLayer(Network):
         with torch.no_grad():
             inner.weight.copy_(weight @ Q)
         start = inner.weight.detach().clone()
-        yield nn.Sequential(inner, self.body[1], self.head), X @ Q
-        with torch.no_grad():
-            weight.addmm_(inner.weight - start, Q.T)
+        try:
+            yield nn.Sequential(inner, self.body[1], self.head), X @ Q
+        finally:  # also where training was interrupted: the head was trained in its place
+            with torch.no_grad():
+                weight.addmm_(inner.weight - start, Q.T)
 
 
 class Pointwise(nn.Module):
