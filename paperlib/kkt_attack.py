@@ -174,7 +174,7 @@ def candidate_labels(labels: Tensor | None, m: int, outputs: int) -> Tensor:
         labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= outputs
     ):
         raise ValueError(f"labels must be classes 0 to {outputs - 1}, got {labels[:6].tolist()}..")
-    return labels
+    return labels.long() if outputs > 1 else labels
 
 
 def signed_coefficients(multipliers: Tensor, labels: Tensor, outputs: int) -> Tensor:

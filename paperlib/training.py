@@ -183,7 +183,7 @@ def train_last_layer(
         ValueError: for wrong shapes, labels that the loss does not take, inputs off the sphere.
     """
     if outputs is None:
-        outputs = theta_0.shape[0] if theta_0 is not None else _columns(y)
+        outputs = theta_0.shape[0] if theta_0 is not None else _columns(y, loss)
     chosen, targets = _check(model, X, y, check_count("outputs", outputs), loss)
     options = _options(chosen, "last", target, max_steps, momentum, step_scale)
     if theta_0 is None:
@@ -233,8 +233,9 @@ def _check(model: FeatureMap, X: Tensor, y: Tensor, outputs: int, loss: str) -> 
     return chosen, chosen.targets(y, outputs).to(model.device)
 
 
-def _columns(y: Tensor) -> int:
-    if isinstance(y, Tensor) and y.ndim == 1 and not y.dtype.is_floating_point:
+def _columns(y: Tensor, loss: str) -> int:
+    classes = loss_named(loss).name == "cross-entropy" and isinstance(y, Tensor) and y.ndim == 1
+    if classes and not y.dtype.is_floating_point:
         return int(y.max()) + 1
     return y.shape[1] if isinstance(y, Tensor) and y.ndim == 2 else 1
 

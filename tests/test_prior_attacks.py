@@ -106,6 +106,8 @@ def test_coefficients_of_two_and_of_several_classes():
     assert allowed(multipliers, torch.tensor([0, 1]), 3).tolist() == [[0, 1, 2], [3, 0, 4]]
     assert candidate_labels(None, 4, 1).tolist() == [1, -1, 1, -1]
     assert candidate_labels(None, 4, 3).tolist() == [0, 1, 2, 0]
+    classes = candidate_labels(torch.tensor([0, 1], dtype=torch.int32), 2, 3)
+    assert torch.equal(signed_coefficients(multipliers, classes, 3), A)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

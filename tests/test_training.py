@@ -89,6 +89,15 @@ def test_classification_losses_reach_the_target_on_the_last_layer(loss, labels):
     assert steps[-1] > 100 * steps[0]  # the curvature falls with the loss
 
 
+@pytest.mark.parametrize("loss", ["squared", "logistic"])
+def test_labels_of_a_whole_number_dtype_are_classes_for_cross_entropy_alone(loss):
+    model, X, y = problem(p=40)
+    one, other = (
+        train_last_layer(model, X, labels, loss=loss, max_steps=3) for labels in (y, y.long())
+    )
+    assert one.theta.shape == (1, 40) and torch.equal(one.theta, other.theta)
+
+
 def test_losses_keep_their_digits_near_zero():
     f, y = torch.tensor([[30.0, 0.0]]), torch.tensor([[1.0, 0.0]]).double()
     expected = torch.exp(torch.tensor(-30.0, dtype=torch.float64))
@@ -205,6 +214,18 @@ def test_training_in_the_span_of_the_data_takes_the_same_steps(momentum):
     assert torch.allclose(moves[1] @ inside, moves[1], atol=1e-12)
     value = (spanned(data.X) - data.y).square().mean()
     assert float(value.detach()) == pytest.approx(run.loss, rel=1e-9)
+
+
+def test_training_that_is_interrupted_leaves_both_layers_as_they_were_then():
+    data = digits(5, labels="one-hot", seed=0, dtype=torch.float64)
+    network = TwoLayer(64, 60, 10, dtype=torch.float64)
+    with pytest.raises(KeyboardInterrupt), network.in_span(data.X) as (trained, rows):
+        with torch.no_grad():
+            for weight in trained.parameters():
+                weight += 0.1
+            outputs = trained(rows)
+        raise KeyboardInterrupt
+    torch.testing.assert_close(network(data.X), outputs)
 
 
 def test_more_samples_than_dimensions_train_without_a_span():
