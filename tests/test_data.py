@@ -321,6 +321,26 @@ def test_cifar10_without_a_network_says_where_it_may_be_put(tmp_path, monkeypatc
         cifar10(4)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "n must be at least 1"),
+        ({"n": 4, "seed": -1}, ValueError, "seed must be at least 0"),
+        ({"n": 4, "dtype": torch.float16}, TypeError, "dtype must be"),
+    ],
+)
+def test_cifar10_is_not_downloaded_for_a_request_without_sense(
+    tmp_path, monkeypatch, options, error, message
+):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", _StoredCifar)
+    monkeypatch.setattr(_StoredCifar, "calls", [])
+    monkeypatch.delenv("PAPERLIB_CIFAR10", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(error, match=message):
+        cifar10(**options)
+    assert _StoredCifar.calls == []
+
+
 def test_cifar10_through_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", _StoredCifar)
     monkeypatch.setattr(_StoredCifar, "calls", [])

@@ -124,6 +124,12 @@ def explorer(tmp_path_factory):
     return Explorer([path])
 
 
+def test_a_run_that_could_not_be_stored_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(Setting, "attack", lambda *_: pytest.fail("the attack was run"))
+    with pytest.raises(ValueError, match=r"path must end in .npz, got 'run.json'"):
+        store_run(SMALL, tmp_path / "run.json")
+
+
 def picture(explorer):
     return re.search(r"base64,([^\"]+)", explorer.pictures.value)[1]
 

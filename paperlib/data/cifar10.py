@@ -10,6 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import torch
 
+from paperlib.checks import check_count, check_dtype
 from paperlib.data.dataset import DataSet
 from paperlib.data.image_folder import image_folder
 from paperlib.data.selection import ClassPool, Item, build, check_labels, class_name, group_classes
@@ -67,12 +68,17 @@ def cifar10(
     Raises:
         FileNotFoundError: when the folder holds neither layout; the message says what was looked
             for. Without a folder, when there is no network to download it from.
-        ValueError: for n below 1 or above what there is, or an unknown class.
+        ValueError: for n below 1 or above what there is, a seed below 0, or an unknown class.
+        TypeError: for n or a seed that is no whole number, or another dtype.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, got {split!r}")
     groups = group_classes(CLASSES if classes == "all" else classes, CLASSES, "class")
     check_labels(labels, len(groups))
+    # Before a download of minutes.
+    check_count("n", n)
+    check_count("seed", seed, least=0)
+    check_dtype(dtype)
     common = {
         "labels": labels,
         "seed": seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +143,12 @@ def store_run(
         setting: the problem.
         path: of the file, ending in .npz.
         frames: most frames that are kept.
+
+    Raises:
+        ValueError: for a path that does not end in .npz, or a value without sense.
     """
+    if Path(path).suffix != ".npz":  # before the attack, not after it
+        raise ValueError(f"path must end in .npz, got {Path(path).name!r}")
     problem, course = setting.problem(), Frames(most=frames)
     record = setting.attack(problem, course)
     course("result", record.loss, record.samples)
