@@ -9,6 +9,7 @@ import math
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -331,9 +332,12 @@ def save_figure(
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, **options, **look)
         contents[kind] = drawn.getvalue()
-    # All is drawn before the first file is replaced.
-    for kind, path in paths.items():
-        replace_file(path, contents[kind])
+    # On the folder's own disk, so that renaming alone is left once all are there.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as complete:
+        for kind, path in paths.items():
+            replace_file(Path(complete, path.name), contents[kind])
+        for path in paths.values():
+            os.replace(Path(complete, path.name), path)
     return paths
 
 

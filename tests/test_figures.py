@@ -201,6 +201,17 @@ def test_a_failed_save_leaves_the_old_figure_alone(tmp_path, monkeypatch):
         save_figure(figure, "f", data=data, caption="new", folder=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
+    def fail_at_the_csv(path, content):
+        if path.suffix == ".csv":
+            raise OSError("disk full")
+        path.write_bytes(content)
+
+    monkeypatch.undo()
+    monkeypatch.setattr("paperlib.figures.replace_file", fail_at_the_csv)
+    with pytest.raises(OSError, match="disk full"):
+        save_figure(figure, "f", data=data, caption="new", folder=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
 
 def test_tables_of_every_form_are_taken(tmp_path):
     figure, _, data = curve()
