@@ -83,7 +83,7 @@ def check(jobs: Sequence[Job]) -> None:
 
 
 def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
-    """Run one notebook; on success put its executed copy and its record in place.
+    """Run one notebook; on success put its figures, executed copy and record in place.
 
     Args:
         job: what to run.
@@ -94,15 +94,18 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
         RuntimeError: if a cell failed or the kernel died. The notebook as far as it came is kept as
             ``NAME.failed.ipynb``, and an earlier executed copy stays.
     """
-    started, clock = time.time(), time.monotonic()
+    clock = time.monotonic()
     key = job.key()  # taken first: an edit made during the run must not pass for what was run
     job.executed.parent.mkdir(parents=True, exist_ok=True)
     job.figures.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PAPERLIB_FIGURES": str(job.figures), "PAPERLIB_PROGRESS": "0"}
+    environment = {**os.environ, "PAPERLIB_PROGRESS": "0"}
     if threads is not None:
         environment.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(dir=job.executed.parent, prefix=".running-") as folder:
         partial = Path(folder) / job.notebook.name
+        drawn = Path(folder) / "figures"  # its own: others that run now draw theirs
+        drawn.mkdir()
+        environment["PAPERLIB_FIGURES"] = str(drawn)
         options = {
             "input_path": str(job.notebook),
             "output_path": str(partial),
@@ -130,7 +133,7 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             raise RuntimeError(
                 f"papermill ended with {result.returncode}{where}\n{result.stderr or ''}"
             )
-        figures = [path for path in job.figures.iterdir() if path.is_file()]
+        figures = sorted(path.name for path in drawn.iterdir())
         record = {
             "notebook": job.name,
             "profile": job.profile,
@@ -138,12 +141,13 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             "seconds": round(time.monotonic() - clock, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),
-            "figures": sorted(path.name for path in figures if path.stat().st_mtime >= started),
+            "figures": figures,
             "executed": file_hash(partial),
             "key": key,
         }
-        # The copy before its record: killed between the two, the record does not match and the
-        # notebook runs again.
+        # The record last: killed before it, the record does not match and the notebook runs again.
+        for name in figures:
+            replace_file(job.figures / name, (drawn / name).read_bytes())
         replace_file(job.executed, partial.read_bytes())
         replace_file(job.record, (json.dumps(record, indent=1, default=str) + "\n").encode())
         failed.unlink(missing_ok=True)
@@ -194,7 +198,10 @@ def refresh(job: Job) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 1 if a notebook failed, 2 for bad input."""
+    """The command line; returns the exit status.
+
+    0; 1 if a notebook failed, or changed while it ran and was to be refreshed; 2 for bad input.
+    """
     parser = argparse.ArgumentParser(prog="python -m paperlib.run_notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks; by default all")
     parser.add_argument("--profile", default="quick", help="quick, laptop or paper")
@@ -222,13 +229,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept", file=sys.stderr)
         return 130
+    finished = [job for job in jobs if job.name not in failed]
+    changed = [job.name for job in finished if options.in_place and not job.is_up_to_date()]
     if options.in_place:
-        for job in jobs:
-            if job.name not in failed and refresh(job):
+        for job in finished:
+            if job.name not in changed and refresh(job):
                 print(f"{job.name}: outputs refreshed")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    if changed:
+        print(f"changed since they ran, not refreshed: {', '.join(changed)}", file=sys.stderr)
+    return 1 if failed or changed else 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from tiny_notebook import CHECK, PARAMETERS, write_notebook
 
 from paperlib import notebook_job
-from paperlib.notebook_job import Job
+from paperlib.notebook_job import Job, file_hash
 from paperlib.notebook_source import (
     check_values,
     code_cells,
@@ -100,8 +100,12 @@ def test_folder_without_notebooks_is_an_error(tmp_path):
 
 
 def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
-    write_notebook(root / "notebooks/b.ipynb", "print('before')", "raise OSError('b is broken')")
-    write_notebook(root / "notebooks/c.ipynb", DRAW, "print(os.getcwd())")
+    half = DRAW.replace("drawn", "half")
+    write_notebook(
+        root / "notebooks/b.ipynb", "print('before')", half, "raise OSError('b is broken')"
+    )
+    other = "pathlib.Path('../figures/other.png').write_bytes(b'of another notebook')"
+    write_notebook(root / "notebooks/c.ipynb", DRAW, other, "print(os.getcwd())")
     dead = write_notebook(root / "notebooks/d.ipynb", "import os\nos._exit(1)")
     executed = root / "executed/quick"
 
@@ -112,6 +116,8 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
     assert printed(executed / "a.ipynb") == "3\n"
     assert printed(executed / "c.ipynb") == f"{root / 'notebooks'}\n"
     assert (root / "figures/drawn.png").read_bytes() == b"picture"
+    assert not (root / "figures/half.png").exists()
+    assert json.loads((executed / "c.json").read_text())["figures"] == ["drawn.png"]
     assert "before" in printed(executed / "b.failed.ipynb")
     assert sorted(path.name for path in executed.glob("?.*")) == sorted(
         ["a.ipynb", "a.json", "b.failed.ipynb", "c.ipynb", "c.json", "d.failed.ipynb"]
@@ -190,6 +196,20 @@ def test_in_place_writes_clean_outputs(root, capsys):
     assert run(root, "--in-place") == 0
     assert "a: up to date" in capsys.readouterr().out
     assert path.stat().st_mtime_ns == before
+
+
+def test_in_place_leaves_a_notebook_that_changed_while_it_ran(root, monkeypatch, capsys):
+    def run_and_edit(job, **_):
+        record = {"key": job.key(), "executed": file_hash(job.notebook), "figures": []}
+        replace_file(job.executed, job.notebook.read_bytes())
+        replace_file(job.record, json.dumps(record).encode())
+        replace_file(job.notebook, job.notebook.read_bytes().replace(b"print(n)", b"print(n + 1)"))
+
+    monkeypatch.setattr("paperlib.run_notebooks.run", run_and_edit)
+    (root / "executed/quick").mkdir(parents=True)
+    assert run(root, "--in-place") == 1
+    assert "changed since they ran, not refreshed: a" in capsys.readouterr().err
+    assert b"print(n + 1)" in (root / "notebooks/a.ipynb").read_bytes()
 
 
 def test_in_place_refuses_a_parameter_file(root, capsys):
