@@ -2,7 +2,7 @@
 
     python benchmarks/against_published.py --case synthetic
     PAPERLIB_CIFAR10=... python benchmarks/against_published.py --case cifar10
-    python benchmarks/against_published.py --case photographs
+    python benchmarks/against_published.py --case photographs --out results/NAME.csv
 
 The published solver runs once from each of its seeds, until its stopping loss of 1e-7 or for
 `--published-steps`; the default one runs once from each of its own, until 1e-10. The table says
@@ -28,7 +28,6 @@ from paperlib.published import PRESETS
 from paperlib.results import machine
 
 LIMIT = 20_000
-RESULTS = Path(__file__).parent / "results"
 
 # Case: number of samples, p, preset of the published solver.
 CASES = {
@@ -44,7 +43,7 @@ def load(case: str, n: int, seed: int) -> DataSet:
         return paperlib.sphere(n, 100, seed)
     if case == "cifar10":
         return paperlib.cifar10(n, seed=seed)
-    return paperlib.photographs(n)
+    return paperlib.photographs(n, seed=seed)
 
 
 def drawing_time(model: paperlib.RandomFeatures) -> float:
@@ -85,8 +84,8 @@ def measure(
     }
 
 
-def compare_solvers(case: str, options: argparse.Namespace, out: Path) -> pandas.DataFrame:
-    """All runs of a case, a row each; written after every run, so that none is lost."""
+def compare_solvers(case: str, options: argparse.Namespace) -> pandas.DataFrame:
+    """All runs of a case, a row each; saved after every run, so that none is lost."""
     n, p, preset = CASES[case]
     data = load(case, n, options.data_seed)
     X, y = data.X.to(options.device), data.y.to(options.device)
@@ -121,7 +120,8 @@ def compare_solvers(case: str, options: argparse.Namespace, out: Path) -> pandas
     def keep(row: dict) -> None:
         rows.append(row)
         show(row)
-        table().to_csv(out, index=False)
+        if options.out:
+            table().to_csv(options.out, index=False)
 
     for seed in range(options.published_seeds):
         row = measure(
@@ -197,13 +197,13 @@ def main() -> None:
     parser.add_argument("--published-steps", type=int, default=LIMIT)
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default: results/against_published_CASE.csv")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if min(options.seeds, options.published_seeds, options.published_steps) < 1:
         parser.error("seeds and steps must be at least 1")
-    out = options.out or RESULTS / f"against_published_{options.case}.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    print(summarise(compare_solvers(options.case, options, out)))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    print(summarise(compare_solvers(options.case, options)))
 
 
 if __name__ == "__main__":

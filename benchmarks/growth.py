@@ -53,6 +53,7 @@ def measure(series: str, n: int, d: int, ratio: float, seed: int) -> dict:
         "seconds": found.seconds,
         "processor seconds a pass": processor / found.passes,
         "recovered (0.001)": paperlib.compare(data.X, found.samples).recovered(1e-3),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -62,7 +63,7 @@ def slope(x: pandas.Series, y: pandas.Series) -> float:
 
 
 def main() -> None:
-    """Measure, fit, print and save."""
+    """Measure, save row by row, fit and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -72,9 +73,11 @@ def main() -> None:
     rows = []
     for series, sizes in SERIES.items():
         for size in sizes:
-            new = [measure(series, *size, seed) for seed in range(options.seeds)]
-            rows += new
-            middle = pandas.DataFrame(new).median(numeric_only=True)
+            for seed in range(options.seeds):
+                rows.append(measure(series, *size, seed))
+                if options.out:
+                    save_table(pandas.DataFrame(rows), options.out)
+            middle = pandas.DataFrame(rows[-options.seeds :]).median(numeric_only=True)
             print(
                 f"n = {size[0]}, d = {size[1]}, p = {middle['p']:.0f}: median "
                 f"{middle['passes']:.0f} passes, {1e3 * middle['processor seconds a pass']:.2f} ms "
@@ -82,7 +85,6 @@ def main() -> None:
                 flush=True,
             )
     table = pandas.DataFrame(rows)
-    table["threads"] = options.threads
     middle = table.groupby(["what grows", "n", "d", "p"]).median(numeric_only=True).reset_index()
     for series in SERIES:
         part = middle[middle["what grows"] == series]
@@ -93,8 +95,6 @@ def main() -> None:
         )
     everything = slope(middle.n * middle.p * middle.d, middle["processor seconds a pass"])
     print(f"all together: seconds a pass ~ (n p d)^{everything:.2f}")
-    if options.out:
-        save_table(table, options.out)
 
 
 if __name__ == "__main__":

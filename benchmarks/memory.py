@@ -102,7 +102,7 @@ def measure(case: str, steps: int) -> dict:
 
 
 def main() -> None:
-    """Run each case in a child, print and save."""
+    """Run each case in a child, save its row and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=CASES, help="default: all")
     parser.add_argument("--steps", type=int, default=2, help="steps of each stage")
@@ -122,14 +122,14 @@ def main() -> None:
             sys.exit(done.stderr)
         row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
+        if options.out:
+            save_table(pandas.DataFrame(rows), options.out)
         print(
             f"{case}: predicted {row['predicted (MB)']:.0f} MB, measured "
             f"{row['measured (MB)']:.0f} MB, whole process {row['peak of the process (MB)']:.0f} "
             f"MB; V in float32 would be {row['V in float32 (MB)']:.0f} MB",
             flush=True,
         )
-    if options.out:
-        save_table(pandas.DataFrame(rows), options.out)
 
 
 if __name__ == "__main__":

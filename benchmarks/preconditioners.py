@@ -55,11 +55,12 @@ def measure(case: str, seed: int, preconditioner: str) -> dict:
         "seconds": found.seconds,
         "loss": found.loss,
         "recovered (0.001)": paperlib.compare(data.X, found.samples).recovered(1e-3),
+        "threads": torch.get_num_threads(),
     }
 
 
 def main() -> None:
-    """Measure, print ratios and save."""
+    """Measure, save row by row and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -69,7 +70,10 @@ def main() -> None:
     rows = []
     for case in CASES:
         for seed in range(options.seeds):
-            rows += [measure(case, seed, name) for name in (PLAIN, EXPECTED)]
+            for name in (PLAIN, EXPECTED):
+                rows.append(measure(case, seed, name))
+                if options.out:
+                    save_table(pandas.DataFrame(rows), options.out)
             before, after = rows[-2:]
             print(
                 f"{case}, seed {seed}: {before['passes']} to {after['passes']} passes, "
@@ -78,13 +82,10 @@ def main() -> None:
                 flush=True,
             )
     table = pandas.DataFrame(rows)
-    table["threads"] = options.threads
     sums = table.groupby(["case", "preconditioner"])[["passes", "seconds"]].sum()
     for case in CASES:
         ratio = sums.loc[case, PLAIN] / sums.loc[case, EXPECTED]
         print(f"{case}: passes divided by {ratio.passes:.1f}, seconds by {ratio.seconds:.1f}")
-    if options.out:
-        save_table(table, options.out)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
 
 
 def main() -> None:
-    """Measure, print and save."""
+    """Measure, save as rows come and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d", type=int, default=3072)
     parser.add_argument("--p", type=int, default=65536)
@@ -140,16 +140,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [
-        row
-        for dtype in (getattr(torch, name) for name in options.dtypes)
-        for n in options.n
-        for row in measure(n, options.p, options.d, dtype, options.device)
-    ]
-    table = pandas.DataFrame(rows)
-    print(table.round(3).to_string(index=False))
-    if options.out:
-        save_table(table, options.out)
+    rows = []
+    for dtype in (getattr(torch, name) for name in options.dtypes):
+        for n in options.n:
+            rows += measure(n, options.p, options.d, dtype, options.device)
+            if options.out:
+                save_table(pandas.DataFrame(rows), options.out)
+    print(pandas.DataFrame(rows).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

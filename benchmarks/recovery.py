@@ -55,7 +55,7 @@ def attack(case: str, seed: int) -> dict:
 
 
 def main() -> None:
-    """Attack from every seed, print a line a case, save a row a seed."""
+    """Attack from every seed, save a row a seed, print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -65,7 +65,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for case in options.case or [name for name in CASES if name.startswith("sphere")]:
-        new = [attack(case, seed) for seed in range(options.seeds)]
+        for seed in range(options.seeds):
+            rows.append(attack(case, seed))
+            if options.out:
+                save_table(pandas.DataFrame(rows), options.out)
+        new = rows[-options.seeds :]
         whole = sum(row["recovered"] == row["n"] for row in new)
         middle = pandas.DataFrame(new)[["passes", "seconds", "mean_signed_error"]].median()
         print(
@@ -73,9 +77,6 @@ def main() -> None:
             f"passes, {middle.seconds:.1f} s, error {middle.mean_signed_error:.0e}",
             flush=True,
         )
-        rows += new
-    if options.out:
-        save_table(pandas.DataFrame(rows), options.out)
 
 
 if __name__ == "__main__":
