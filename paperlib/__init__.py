@@ -19,12 +19,12 @@ from paperlib.sphere import to_sphere
 
 # The model under attack: a feature map, and the training that gives its parameters.
 from paperlib.activations import Activation, activation, activation_names
-from paperlib.feature_map import FeatureMap
+from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.random_features import RandomFeatures
 from paperlib.given_features import GivenFeatures
 from paperlib.module_features import ModuleFeatures
 from paperlib.subspace import SubspaceFeatures
-from paperlib.networks import ResNet, TwoLayer, VisionTransformer
+from paperlib.networks import Network, ResNet, TwoLayer, VisionTransformer
 from paperlib.gradient_features import GradientFeatures
 from paperlib.min_norm import fit_min_norm
 from paperlib.training import Training, train, train_last_layer
@@ -34,6 +34,7 @@ from paperlib.bases import cosine_basis, principal_basis
 
 # What is released of the parameters.
 from paperlib.quantise import quantise
+from paperlib.privacy import gaussian_epsilon, private_ridge
 
 # The attack: the projection loss and its minimisation.
 from paperlib.projection import projection_loss
@@ -87,6 +88,7 @@ __all__ = [
     "Audit",
     "Comparison",
     "DataSet",
+    "FeatureBlock",
     "FeatureMap",
     "Frame",
     "Frames",
@@ -94,6 +96,7 @@ __all__ = [
     "GradientFeatures",
     "MatchedGradients",
     "ModuleFeatures",
+    "Network",
     "RandomFeatures",
     "Reconstruction",
     "ResNet",
@@ -117,6 +120,7 @@ __all__ = [
     "film",
     "first_layer_attack",
     "fit_min_norm",
+    "gaussian_epsilon",
     "image_folder",
     "image_strip",
     "jacobian_spectrum",
@@ -128,6 +132,7 @@ __all__ = [
     "parameter_jacobian",
     "photographs",
     "principal_basis",
+    "private_ridge",
     "projection_loss",
     "protections",
     "quantise",

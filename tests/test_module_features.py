@@ -6,6 +6,7 @@ from paperlib.checks import check_rows
 from paperlib.given_features import GivenFeatures
 from paperlib.min_norm import fit_min_norm
 from paperlib.module_features import ModuleFeatures
+from paperlib.networks.network import ImageRows
 from paperlib.projection import Linearization, projection_loss
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import reconstruct
@@ -193,6 +194,8 @@ def test_describe_tells_modules_apart():
     one = nn.Linear(6, 3)
     relu, tanh = (ModuleFeatures(nn.Sequential(one, act), 6) for act in (nn.ReLU(), nn.Tanh()))
     assert relu.describe()["sha256"] != tanh.describe()["sha256"]
+    wide, high = (ImageRows(shape) for shape in ((2, 3), (3, 2)))
+    assert ModuleFeatures(wide, 6).describe() != ModuleFeatures(high, 6).describe()
 
 
 class Printed(nn.Linear):

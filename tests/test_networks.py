@@ -152,3 +152,8 @@ def test_samples_come_back_from_a_residual_network_with_fitted_head():
 def test_wrong_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_seed_that_is_no_whole_number_is_refused():
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 1\.7"):
+        TwoLayer(3, 3, seed=1.7)

@@ -45,7 +45,7 @@ class Network(nn.Module):
         super().__init__()
         self.d, self.p = d, p
         self.outputs = check_count("outputs", outputs)
-        self.seed = int(seed)
+        self.seed = check_count("seed", seed, least=0)
         self.body = body
         self.head = nn.utils.skip_init(nn.Linear, p, self.outputs, bias=False)
         draw_weights(self, seed=self.seed)
@@ -118,6 +118,10 @@ class ImageRows(nn.Module):
         """Channels first, as convolutions want them."""
         height, width, channels = self.image_shape
         return X.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        """The shape, in which modules of the same weights may differ."""
+        return f"image_shape={self.image_shape}"
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
