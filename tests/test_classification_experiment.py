@@ -93,6 +93,14 @@ def test_cells_run_in_a_sweep_and_narrow_networks_are_not_attacked(tmp_path):
     assert {narrow[name] for name in ATTACK_RESULTS} == {None}
 
 
+@pytest.mark.parametrize(("loss", "outputs", "seed"), [("logistic", 1, 5), ("cross-entropy", 2, 0)])
+def test_a_network_whose_neurons_are_all_off_has_learned_nothing(loss, outputs, seed):
+    cell = run_classification_cell(4, 0.005, loss=loss, outputs=outputs, seed=seed, **QUICK)
+    assert cell["width"] == 1 and cell["norm"] == 0 and cell["relative_loss"] == 1
+    assert cell["independent"] == 0 and cell["numbers"] == 4 * 63
+    assert {cell[name] for name in ATTACK_RESULTS} == {None}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -108,7 +116,7 @@ def test_cells_run_in_a_sweep_and_narrow_networks_are_not_attacked(tmp_path):
         ({"loss": "logistic", "outputs": 2}, "logistic loss here has one output"),
         ({"loss": "cross-entropy"}, "at least 2 outputs"),
         ({"loss": "squared", "outputs": 11}, "digits have 10 classes"),
-        ({"device": "abacus"}, "device"),
+        ({"device": "abacus"}, "device must be one that PyTorch knows"),
     ],
 )
 def test_a_cell_without_sense_is_refused_before_anything_runs(tmp_path, wrong, message):

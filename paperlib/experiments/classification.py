@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_device, check_named, check_positive, check_range
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.data import DataSet, cifar10, digits, photographs
 from paperlib.data.cifar10 import CLASSES as CIFAR10_CLASSES
 from paperlib.data.photographs import SOURCES as PHOTOGRAPHS
+from paperlib.experiments.device_name import check_device_name
 from paperlib.experiments.network import Attacked, attack_network, width_for
 from paperlib.identifiability import (
     coefficients,
     independent_rows,
     jacobian_spectrum,
     least_parameters,
-    unknowns,
 )
 from paperlib.losses import loss_named
 from paperlib.networks import TwoLayer
@@ -116,6 +116,14 @@ def attack_classifier(
         max_steps=max_steps,
         tolerance=tolerance,
     )
+
+
+def unknowns(n: int, d: int, rows: int) -> int:
+    """Numbers to find: n (d - 1) for directions, and n coefficients for each independent row.
+
+    As `identifiability.unknowns`, and with no row where no neuron is active, so that theta is zero.
+    """
+    return n * (d - 1 + rows)
 
 
 def run_classification_cell(
@@ -247,7 +255,7 @@ def check_classification_cell(
         raise ValueError(f"logistic loss here has one output, got outputs = {outputs}")
     if loss == "cross-entropy" and outputs < 2:
         raise ValueError("cross-entropy needs at least 2 outputs, got 1")
-    check_device(device)
+    check_device_name(device)
 
 
 def count_classifier_parameters(
