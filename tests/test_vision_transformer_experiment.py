@@ -124,7 +124,7 @@ def test_cells_run_in_a_sweep_and_few_features_are_not_attacked(tmp_path):
         ({"layers": "first"}, "layers must be one of"),
         ({"patch": 0}, "patch"),
         ({"heads": 0}, "heads"),
-        ({"head_scale": -1.0}, "head_scale must be finite"),
+        ({"head_scale": -1.0}, "head_scale must be at least 0 and finite"),
         ({"momentum": 1.0}, "momentum"),
         ({"device": "abacus"}, "device must be"),
     ],

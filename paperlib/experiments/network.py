@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 
-from paperlib.checks import check_count, check_named, check_positive
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, cifar10, digits, faces, photographs
+from paperlib.experiments.device_name import check_device_name
 from paperlib.feature_map import FeatureMap
 from paperlib.networks.network import Network
 from paperlib.projection import Linearization
@@ -229,8 +231,11 @@ def check_network_options(
     max_steps: int,
     tolerance: float,
     device: str,
+    data_sets: Iterable[str] = tuple(DATA_SETS),
 ) -> None:
     """Refuses values that a cell on a trained network cannot compute with.
+
+    The arguments are those of the cell, and `data_sets`, the names that it knows.
 
     Raises:
         ValueError: for a count below 1, a ratio that is not positive, a momentum outside [0, 1),
@@ -247,12 +252,8 @@ def check_network_options(
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
     check_positive("tolerance", tolerance, below=1.0)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    check_named("dataset", dataset, DATA_SETS)
+    check_range("momentum", momentum, least=0, below=1)
+    check_named("dataset", dataset, data_sets)
     check_named("labels", labels, LABELS)
     check_named("layers", layers, LAYERS)
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
+    check_device_name(device)

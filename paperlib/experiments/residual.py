@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_positive, check_range
 from paperlib.data import DataSet
 from paperlib.experiments.network import (
     DATA_SETS,
@@ -212,8 +212,7 @@ def check_residual_cell(
     )
     check_count("blocks", blocks)
     check_share("known", known)
-    if not head_scale >= 0:
-        raise ValueError(f"head_scale must be at least 0, got {head_scale}")
+    check_range("head_scale", head_scale, least=0)
 
 
 def run_drift_cell(

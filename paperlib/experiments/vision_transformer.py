@@ -7,11 +7,9 @@ equal and its shifts zero: of the w features of a token w - 1 are free.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from paperlib.checks import check_count
+from paperlib.checks import check_count, check_range
 from paperlib.data import DataSet, digits
 from paperlib.experiments.classification import DATA_SETS, labelled_data
 from paperlib.experiments.network import (
@@ -250,17 +248,15 @@ def check_transformer_cell(
         max_steps=max_steps,
         tolerance=tolerance,
         device=device,
+        data_sets=DATA_SETS,
     )
-    if dataset not in DATA_SETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATA_SETS)}, got {dataset!r}")
     counts = {"outputs": outputs, "patch": patch, "depth": depth, "heads": heads}
     for name, value in counts.items():
         check_count(name, value)
     most = len(DATA_SETS[dataset][1])
     if outputs > most:
         raise ValueError(f"{dataset} have {most} classes, got outputs = {outputs}")
-    if not 0 <= head_scale < math.inf:
-        raise ValueError(f"head_scale must be finite and at least 0, got {head_scale}")
+    check_range("head_scale", head_scale, least=0)
 
 
 def count_transformer_parameters(
