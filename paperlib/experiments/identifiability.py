@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count
+from paperlib.checks import check_count, check_named
 from paperlib.data import sphere
 from paperlib.identifiability import jacobian_spectrum, least_parameters
 from paperlib.random_features import RandomFeatures
@@ -87,6 +87,4 @@ def check_identifiability_cell(
         check_count(name, value)
     check_count("d", d, least=2)
     check_count("seed", seed, least=0)
-    if activation not in activation_names():
-        known = ", ".join(activation_names())
-        raise ValueError(f"activation must be one of {known}, got {activation!r}")
+    check_named("activation", activation, activation_names())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.feature_map import FeatureMap
@@ -97,10 +97,8 @@ def check_sign_cell(
     Raises:
         ValueError: for a count below 1, fewer parameters than samples, or an unknown name.
     """
-    if activation not in activation_names():
-        raise ValueError(f"activation must be one of {activation_names()}, got {activation!r}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {tuple(SOLVERS)}, got {solver!r}")
+    check_named("activation", activation, activation_names())
+    check_named("solver", solver, SOLVERS)
     for name, value in (("n", n), ("max_steps", max_steps)):
         check_count(name, value)
     check_count("d", d, least=2)
