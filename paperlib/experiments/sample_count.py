@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.min_norm import fit_min_norm
@@ -116,10 +116,9 @@ def check_guess_cell(
     check_positive("p_over_dn", p_over_dn)
     if round(p_over_dn * d * n) < max(n, guess):
         raise ValueError(
-            f"p must be at least n = {n} and the guess = {guess}, got p_over_dn = {p_over_dn}"
+            f"p must be at least n = {n} and the candidates, {guess}, got p_over_dn = {p_over_dn}"
         )
-    if activation not in activation_names():
-        raise ValueError(f"activation must be one of {activation_names()}, got {activation!r}")
+    check_named("activation", activation, activation_names())
 
 
 def run_estimate_cell(
@@ -156,3 +155,15 @@ def run_estimate_cell(
         "explained": count.explained,
         "recovered": compare(data.X, count.samples).recovered(),
     }
+
+
+def check_estimate_cell(
+    n: int, most: int, d: int, p_over_dn: float, activation: str, seed: int, max_steps: int
+) -> None:
+    """Refuses values that `run_estimate_cell` cannot compute with, for `sweep(..., check=...)`.
+
+    Raises:
+        ValueError: as `check_guess_cell`, whose guess is the number of candidates to start with.
+    """
+    check_count("most", most)
+    check_guess_cell(n, most, d, p_over_dn, activation, seed, max_steps)

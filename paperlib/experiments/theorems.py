@@ -15,7 +15,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.feature_map import FeatureMap
@@ -137,7 +137,8 @@ def check_theorem_cell(
     """Refuses values that `run_theorem_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, fewer parameters than samples, or an unknown name.
+        ValueError: for a count below 1, fewer parameters than samples, less than one candidate a
+            sample, or an unknown name.
     """
     for name, value in (("n", n), ("max_steps", max_steps), ("restarts", restarts)):
         check_count(name, value)
@@ -146,10 +147,8 @@ def check_theorem_cell(
     check_positive("p_over_dn", p_over_dn)
     if round(p_over_dn * d * n) < n:
         raise ValueError(f"p must be at least n = {n}, got p_over_dn = {p_over_dn} at d = {d}")
-    if activation not in activation_names():
-        raise ValueError(f"activation must be one of {activation_names()}, got {activation!r}")
-    if oversampling < 1:
-        raise ValueError(f"oversampling must be at least 1, got {oversampling}")
+    check_named("activation", activation, activation_names())
+    check_range("oversampling", oversampling, least=1)
 
 
 def floor_without_own_candidate(model: FeatureMap, X: Tensor, missed: int) -> float:
@@ -178,7 +177,9 @@ def floor_without_own_candidate(model: FeatureMap, X: Tensor, missed: int) -> fl
 def run_floor_cell(
     n: int, d: int, p_over_dn: float, activation: str = "relu", seed: int = 0
 ) -> dict[str, float]:
-    """The least of `floor_without_own_candidate` over the samples, relative to ||phi(x)||.
+    """The least of `floor_without_own_candidate`, relative to ||phi(x)||, over three samples.
+
+    One of the first three at a time is without a candidate; there may be fewer.
 
     Args:
         n: number of training samples.
@@ -198,3 +199,17 @@ def run_floor_cell(
         floor_without_own_candidate(model, data.X, i) / float(norms[i]) for i in range(min(n, 3))
     ]
     return {"floor": min(floors)}
+
+
+def check_floor_cell(n: int, d: int, p_over_dn: float, activation: str, seed: int) -> None:
+    """Refuses values that `run_floor_cell` cannot compute with, for `sweep(..., check=...)`.
+
+    Raises:
+        ValueError: for fewer than two samples or dimensions, no parameters, or an unknown name.
+    """
+    check_count("n", n, least=2)
+    check_count("d", d, least=2)
+    check_count("seed", seed, least=0)
+    check_positive("p_over_dn", p_over_dn)
+    check_count("p", round(p_over_dn * d * n))
+    check_named("activation", activation, activation_names())
