@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_named, check_positive
+from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
 from paperlib.feature_map import FeatureMap
@@ -39,6 +39,8 @@ DEFENCES = {
     "private": "epsilon, at delta = 1e-5",
 }
 
+PIXELS = 64  # of a digit
+
 FORMATS = {16.0: "float16", 8.0: "int8", 4.0: "int4", 1.0: "sign"}
 
 # Of output perturbation, in units in which the features of a sample have a mean square norm of 1.
@@ -54,7 +56,8 @@ class Defended:
         n: how many of them were trained on.
         model: the feature map that the attack uses.
         theta: (C, p), released.
-        spoilt: ||theta - minimum-norm theta|| / ||minimum-norm theta||; None where p differs.
+        spoilt: ||theta - minimum-norm theta|| / ||minimum-norm theta||, before pruned features are
+            left out.
         accuracy: on the test data.
         residual_at_truth: projection loss at the training data.
         coefficients: (n,) norms of alpha_i, relative to their largest.
@@ -66,7 +69,7 @@ class Defended:
     n: int
     model: FeatureMap
     theta: Tensor
-    spoilt: float | None
+    spoilt: float
     accuracy: float
     residual_at_truth: float
     coefficients: Tensor
@@ -110,12 +113,12 @@ def defend_and_attack(
     data = digits(count + test, labels=labels, seed=seed)
     X, Y = data.X[:count], data.y[:count].reshape(count, -1)
     outputs, d = Y.shape[1], data.d
-    p = max(count, round(p_over_dn * d * n / outputs))  # of n: averaging does not change the model
+    p = count_features(n, p_over_dn, models=models, d=d, outputs=outputs)
     model = RandomFeatures(d, p, activation, seed=seed)
     plain = fit_min_norm(model, X, Y)
     theta = released(defence, strength, model, X, Y, plain, seed=seed)
     attacked: FeatureMap = model
-    spoilt: float | None = float((theta - plain).norm() / plain.norm())
+    spoilt = float((theta - plain).norm() / plain.norm())
     held_out = model.features(data.X[count:])
     accuracy = accuracy_of(theta, held_out, data.class_index[count:])
     if defence == "pruning":
@@ -149,6 +152,11 @@ def defend_and_attack(
         record=record,
         errors=compare(X, record.samples),
     )
+
+
+def count_features(n: int, p_over_dn: float, *, models: int = 1, d: int, outputs: int) -> int:
+    """p, for n samples and not all that are averaged: averaging does not change the model."""
+    return max(n * models, round(p_over_dn * d * n / outputs))
 
 
 def released(
@@ -317,8 +325,12 @@ def check_defence_cell(
         raise ValueError(f"bits must be one of {', '.join(map(str, FORMATS))}, got {strength}")
     if defence == "pruning":
         check_positive("strength of pruning", strength, below=1.0)
+        outputs = 10 if labels == "one-hot" else 1
+        p = count_features(n, p_over_dn, d=PIXELS, outputs=outputs)
+        if p - round(strength * p) < n:
+            raise ValueError(f"pruning must leave n = {n} features, got {strength} of {p} removed")
     elif defence in ("early stopping", "checkpoint average", "model average"):
-        if strength != round(strength) or strength < 1:
+        if check_range(f"strength of {defence}", strength, least=1) != round(strength):
             raise ValueError(f"strength of {defence} must be a whole number, got {strength}")
     elif defence != "none":
         check_positive(f"strength of {defence}", strength)

@@ -32,6 +32,7 @@ BASES = {
 # How many pictures of each scale the attacker has of the photographs that are not under attack.
 KNOWN_PHOTOGRAPHS = {1: 400, 2: 150, 4: 30}
 KNOWN_CIFAR10 = 1000
+CIFAR10_PIXELS = 3 * 32**2
 
 
 def subspace_data(
@@ -138,17 +139,17 @@ def check_subspace_cell(
     """Refuses values that `run_subspace_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, k above d, a share outside [0, 1), p below n, or an
-            unknown activation.
+        ValueError: for a count below 1, k below 2 or above d, a share outside [0, 1), p below n,
+            or an unknown activation.
     """
     for name, value in {
         "n": n,
-        "d": d,
-        "k": k,
         "restarts": restarts,
         "max_steps": max_steps,
     }.items():
         check_count(name, value)
+    for name, value in {"d": d, "k": k}.items():
+        check_count(name, value, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_kn", p_over_kn)
     check_range("left_out", left_out, least=0, below=1)
@@ -344,8 +345,12 @@ def check_picture_cell(
 ) -> None:
     """Refuses values that `run_picture_cell` cannot compute with, for `sweep(..., check=...)`.
 
+    Photographs are cut for it; CIFAR-10 need not be where the sweep is driven.
+
     Raises:
-        ValueError: for a count below 1, a ratio that is not positive, or an unknown name.
+        ValueError: for a count below 1, a ratio that is not positive, p below n, an unknown name,
+            photographs too large to be as many as are needed, or more principal directions than
+            the attacker has pictures.
     """
     counts = {"n": n, "k": k, "restarts": restarts, "max_steps": max_steps}
     for name, value in counts.items():
@@ -357,3 +362,14 @@ def check_picture_cell(
     check_named("dataset", dataset, ("photographs", "cifar10"))
     check_named("basis", basis, tuple(BASES))
     check_named("activation", activation, activation_names())
+    d, known = CIFAR10_PIXELS, KNOWN_CIFAR10
+    if dataset == "photographs":
+        d, known = 3 * size**2, sum(KNOWN_PHOTOGRAPHS.values())
+        try:
+            other_pictures(dataset, n, size=size, seed=data_seed)
+        except ValueError as error:
+            raise ValueError(f"too few photographs of size = {size}: {error}") from error
+    if round(p_over_dn * d * n) < n:
+        raise ValueError(f"p must be at least n = {n}, got {round(p_over_dn * d * n)}")
+    if basis == "principal" and known < k < d:
+        raise ValueError(f"k must be at most {known}, the pictures that are known, or d, got {k}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paperlib.activations import activation as activation_named
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import DataSet, photographs, sphere
 from paperlib.message_passing import MessagePassing, whiten
@@ -17,6 +19,7 @@ from paperlib.progress import Progress
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.sample_count import descend
+from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
@@ -66,7 +69,9 @@ def run_gap_cell(
     Returns:
         `p`; `recovered`, samples with a signed error of at most 0.05 in units of sqrt(d);
         `near`, samples that a candidate meets with a |cosine| above 0.9; `whole`, whether all
-        were recovered; `projection_loss`; `explained`; `restarts_used`; `passes`.
+        were recovered; `projection_loss`, for "one round of messages" what the beliefs leave
+        unexplained; `explained`, whether that is at most 1e-10, for "published" too, which stops
+        at 1e-7; `restarts_used`; `passes`.
     """
     samples = load(data, n, d, seed=seed)
     model = RandomFeatures(d, round(p_over_dn * d * n), activation, seed=seed)
@@ -117,7 +122,10 @@ def load(data: str, n: int, d: int, *, seed: int) -> DataSet:
 def from_spectral_start(
     model: RandomFeatures, theta: Tensor, n: int, *, max_steps: int
 ) -> dict[str, Any]:
-    """Levenberg-Marquardt from the n strongest eigenvectors of the second moment."""
+    """Levenberg-Marquardt from the n strongest eigenvectors of the second moment.
+
+    The search for eigenvectors begins at the same random vectors whatever the seed of the cell.
+    """
     spectral = SpectralStart(model, second_moment_coefficient(model), dtype=model.dtype)
     directions, _, _ = spectral.directions(theta, n, generator=stream("candidates", 0))
     X = settle_signs(model, theta, to_sphere(directions))
@@ -156,7 +164,8 @@ def check_gap_cell(
     """Refuses values that `run_gap_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, too few parameters, or an unknown name.
+        ValueError: for a count below 1, too few parameters, a number of pixels that is no square,
+            an unknown name, or an activation that the method cannot search with.
     """
     counts = {"n": n, "restarts": restarts, "max_steps": max_steps}
     for name, value in {**counts, "published_steps": published_steps}.items():
@@ -164,12 +173,21 @@ def check_gap_cell(
     check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
-    if round(p_over_dn * d * n) < max(n, d):
-        raise ValueError(f"p must be at least n and d, got {round(p_over_dn * d * n)}")
+    p = round(p_over_dn * d * n)
+    if p < max(n, d):
+        raise ValueError(f"p must be at least n and d, got {p}")
     for name, value, known in (
         ("activation", activation, activation_names()),
         ("method", method, METHODS),
         ("data", data, DATA),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        check_named(name, value, known)
+    if data == "photographs" and (d < 16 or math.isqrt(d) ** 2 != d):
+        raise ValueError(f"d must be the square of a side of at least 4 pixels, got {d}")
+    if method == "subspace search":
+        if not activation_named(activation).hermite_coefficients(2)[2]:
+            raise ValueError(f"subspace search needs a second moment, which {activation} has not")
+        # The search needs the linear part lifted, with 1.4 candidates a sample.
+        least = math.ceil((d + math.ceil(1.4 * n)) / LIFT_SHARE)
+        if p < least:
+            raise ValueError(f"subspace search needs p of at least {least}, got {p}")

@@ -134,10 +134,11 @@ def check_knowledge_cell(
     """Refuses values that `run_knowledge_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, too few parameters, an amount or a format that does not
-            fit what is lacking, or an unknown name.
+        ValueError: for a count below 1, d below 2, too few parameters, an amount or a format that
+            does not fit what is lacking, or an unknown name.
     """
-    _check_counts(n=n, d=d, restarts=restarts, max_steps=max_steps)
+    _check_counts(n=n, restarts=restarts, max_steps=max_steps)
+    check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
     check_range("amount", amount, least=0)
@@ -220,10 +221,11 @@ def check_informed_cell(
     """Refuses values that `run_informed_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, more unknown samples than there are, too few parameters,
-            or an unknown activation.
+        ValueError: for a count below 1, d below 2, more unknown samples than there are, too few
+            parameters, or an unknown activation.
     """
-    _check_counts(n=n, d=d, unknown=unknown, restarts=restarts, max_steps=max_steps)
+    _check_counts(n=n, unknown=unknown, restarts=restarts, max_steps=max_steps)
+    check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_dk", p_over_dk)
     if unknown > n:
@@ -306,15 +308,19 @@ def check_unlearning_cell(
     """Refuses values that `run_unlearning_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, fewer than two samples, too few parameters, or an unknown
-            activation.
+        ValueError: for a count below 1, fewer than two samples or dimensions, too few parameters
+            for the samples or the candidates, or an unknown activation.
     """
-    _check_counts(d=d, candidates=candidates, restarts=restarts, max_steps=max_steps)
+    _check_counts(candidates=candidates, restarts=restarts, max_steps=max_steps)
     check_count("n", n, least=2)
+    check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_d", p_over_d)
-    if round(p_over_d * d) < n:
-        raise ValueError(f"p must be at least n = {n}, got {round(p_over_d * d)}")
+    p = round(p_over_d * d)
+    if p < n:
+        raise ValueError(f"p must be at least n = {n}, got {p}")
+    if candidates > p:
+        raise ValueError(f"p must be at least candidates = {candidates}, got {p}")
     check_named("activation", activation, activation_names())
 
 

@@ -9,6 +9,7 @@ from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
+from paperlib.experiments.device_name import check_device_name
 from paperlib.feature_map import FeatureMap
 from paperlib.min_norm import fit_min_norm
 from paperlib.random_features import RandomFeatures
@@ -105,11 +106,13 @@ def check_law_cell(
     """Refuses values that `run_law_cell` cannot compute with, for `sweep(..., check=...)`.
 
     Raises:
-        ValueError: for a count below 1, a ratio that is not positive, an unknown name or device.
+        ValueError: for a count below 1, d below 2, a ratio that is not positive, an unknown name
+            or device.
     """
-    counts = {"n": n, "d": d, "max_steps": max_steps, "restarts": restarts}
+    counts = {"n": n, "max_steps": max_steps, "restarts": restarts}
     for name, value in counts.items():
         check_count(name, value)
+    check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
     for name, value, known in (
@@ -117,10 +120,7 @@ def check_law_cell(
         ("solver", solver, tuple(SOLVERS)),
     ):
         check_named(name, value, known)
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be one that PyTorch knows, got {device!r}") from error
+    check_device_name(device)
 
 
 def training_loss(model: FeatureMap, theta: Tensor, X: Tensor, y: Tensor) -> float:

@@ -30,6 +30,8 @@ from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.training import train
 
+PIXELS = 64  # of a digit
+
 ARENAS = ("linearised", "descent", "margin")
 
 # Whose parameters p_over_dn counts: it decides the width.
@@ -76,6 +78,12 @@ class Arena:
     training_loss: float
 
 
+def width_of(n: int, p_over_dn: float, counted: str, d: int) -> int:
+    """Neurons whose parameters, as far as they count, come next to p_over_dn d n."""
+    per_neuron = d + 1 if counted == "all layers" else 1
+    return max(1, round(p_over_dn * d * n / per_neuron))
+
+
 @lru_cache(maxsize=8)
 def make_arena(
     arena: str,
@@ -88,8 +96,7 @@ def make_arena(
 ) -> Arena:
     """Train; see `run_prior_attack_cell` for the arguments."""
     data = digits(n, seed=seed)
-    per_neuron = data.d + 1 if counted == "all layers" else 1
-    width = max(1, round(p_over_dn * data.d * n / per_neuron))
+    width = width_of(n, p_over_dn, counted, data.d)
     network = TwoLayer(data.d, width, activation=activation, seed=seed)
     if arena == "margin":
         # Both layers small, the first smaller, so that training forgets them (Haim et al. 2022).
@@ -311,7 +318,8 @@ def check_prior_attack_cell(
     """Refuses values that `run_prior_attack_cell` cannot compute with.
 
     Raises:
-        ValueError: for a count below 1, a ratio or scale that is not positive, or unknown names.
+        ValueError: for a count below 1, a ratio or scale that is not positive, unknown names, or a
+            network too narrow for the attack.
     """
     check_count("n", n)
     check_count("seed", seed, least=0)
@@ -326,3 +334,9 @@ def check_prior_attack_cell(
         ("box", box, (True, False)),
     ):
         check_named(name, value, known)
+    width = width_of(n, p_over_dn, counted, PIXELS)
+    if attack == "first layer" and n >= min(width, PIXELS):
+        raise ValueError(f"n must be below min(width, d) = {min(width, PIXELS)}, got {n}")
+    p = width if attack == "last layer" else (PIXELS + 1) * width
+    if p < n:
+        raise ValueError(f"p must be at least n = {n}, got {p}")

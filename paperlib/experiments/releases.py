@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import activation_names
-from paperlib.checks import check_count, check_positive
+from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
 from paperlib.identifiability import unknowns
@@ -156,8 +156,11 @@ def check_release_cell(
     check_count("d", d, least=2)
     check_count("seed", seed, least=0)
     check_positive("p_over_dn", p_over_dn)
-    if round(p_over_dn * d * n) < n:
-        raise ValueError(f"p must be at least n = {n}, got {round(p_over_dn * d * n)}")
+    p = round(p_over_dn * d * n)
+    if p < n:
+        raise ValueError(f"p must be at least n = {n}, got {p}")
+    if lift and p < d:
+        raise ValueError(f"lift=True needs p of at least d = {d}, got {p}")
     if kind == "unknown start" and releases < 2:
         raise ValueError("without theta_0 at least 2 releases are needed, got 1")
     for name, value, known in (
@@ -168,5 +171,4 @@ def check_release_cell(
         ("start", start, ("auto", "random")),
         ("dtype", dtype, ("float32", "float64")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        check_named(name, value, known)
