@@ -1,0 +1,166 @@
+"""What a cell is asked for is what its attack is given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from paperlib import RandomFeatures, combine_releases, fit_min_norm, reconstruct, sphere
+from paperlib.experiments import (
+    defences,
+    gap,
+    knowledge,
+    law,
+    releases,
+    sample_count,
+    sign_ambiguity,
+    theorems,
+)
+from paperlib.message_passing import MessagePassing
+from paperlib.streams import stream
+
+SIZE = {"n": 4, "d": 30, "p_over_dn": 2.0}
+
+
+@pytest.fixture
+def attacks(monkeypatch):
+    """The attacks of all cells that are run: model, theta and record of each."""
+    made = []
+
+    def watched(model, theta, n, **options):
+        record = reconstruct(model, theta, n, **options)
+        made.append(SimpleNamespace(model=model, theta=theta, record=record))
+        return record
+
+    for experiment in (
+        defences,
+        gap,
+        knowledge,
+        law,
+        releases,
+        sample_count,
+        sign_ambiguity,
+        theorems,
+    ):
+        monkeypatch.setattr(experiment, "reconstruct", watched)
+    return made
+
+
+def given(attacks, **expected):
+    """What the only attack was given, of the options that are named."""
+    (attack,) = attacks
+    return {name: attack.record.options[name] for name in expected} == expected
+
+
+GAP = SIZE | {"restarts": 3, "max_steps": 2, "published_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("published", {"solver": "published", "max_steps": 5}),
+        ("random starts", {"start": "random", "restarts": 3, "max_steps": 2}),
+        ("subspace search", {"start": "subspace", "restarts": 1, "max_steps": 2}),
+        ("default", {"start": "auto", "restarts": 3, "max_steps": 2}),
+    ],
+)
+def test_every_way_of_closing_the_gap_starts_as_it_says(attacks, method, expected):
+    cell = gap.run_gap_cell(method=method, seed=1, **GAP)
+    assert given(attacks, **{"solver": "levenberg-marquardt", "n": 4, "seed": 1} | expected)
+    record = attacks[0].record
+    assert cell["projection_loss"] == record.loss and cell["passes"] == record.passes
+    # Two steps find nothing: the starts are used up.
+    assert cell["restarts_used"] == expected.get("restarts", 1)
+
+
+def test_two_ways_of_closing_the_gap_are_no_attack_of_reconstruct(attacks):
+    data = sphere(4, 30, seed=1)
+    model = RandomFeatures(30, 240, seed=1)
+    theta = fit_min_norm(model, data.X, data.y).reshape(1, -1)
+    cell = gap.run_gap_cell(method="spectral start", seed=1, **GAP)
+    descent = gap.from_spectral_start(model, theta, 4, max_steps=2)
+    assert cell["projection_loss"] == descent["loss"] and cell["passes"] == descent["passes"]
+    cell = gap.run_gap_cell(method="one round of messages", seed=1, **GAP)
+    beliefs = MessagePassing(model, theta, 4, generator=stream("candidates", 1)).run(300)
+    assert cell["projection_loss"] == beliefs.unexplained
+    assert cell["passes"] == 2 * beliefs.iterations
+    assert attacks == []
+
+
+@pytest.mark.parametrize("solver", ["levenberg-marquardt", "published"])
+def test_the_law_is_measured_with_the_solver_that_is_named(attacks, solver):
+    options = {"solver": solver, "restarts": 2, "max_steps": 3, "seed": 5}
+    cell = law.run_law_cell(activation="gelu", **SIZE, **options)
+    assert given(attacks, **options)
+    assert attacks[0].model.activation.name == "gelu"
+    assert attacks[0].record.options.get("start", "random") == "random"
+    assert cell["passes"] == attacks[0].record.passes
+
+
+RELEASE = {"n": 3, "d": 8, "p_over_dn": 4.0, "releases": 5, "restarts": 2, "max_steps": 2}
+
+
+@pytest.mark.parametrize("combination", releases.COMBINATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_releases_are_attacked_in_the_combination_and_format_asked_for(attacks, combination, dtype):
+    cell = releases.run_release_cell(combination=combination, dtype=dtype, seed=1, **RELEASE)
+    (attack,) = attacks
+    assert attack.model.dtype == attack.theta.dtype == getattr(torch, dtype)
+    thetas = releases.train_releases(
+        attack.model, sphere(3, 8, seed=1, dtype=attack.model.dtype).X, 5, "labels", seed=1
+    )
+    raw = combination == "as released"
+    torch.testing.assert_close(attack.theta, torch.cat(thetas) if raw else combine_releases(thetas))
+    assert cell["rank"] == 3 and cell["numbers"] == 3 * 96 and 0 < cell["weakest"] < 1
+
+
+@pytest.mark.parametrize("lift", [True, False, None])
+@pytest.mark.parametrize("start", ["auto", "random"])
+def test_releases_are_attacked_with_the_lift_and_start_asked_for(attacks, lift, start):
+    cell = releases.run_release_cell(lift=lift, start=start, **RELEASE)
+    assert given(attacks, lift=lift, start=start, restarts=2, max_steps=2, seed=0)
+    assert cell["lifted"] == (lift is not False)  # by default where p leaves room, as here
+
+
+def test_the_theorems_are_measured_with_the_candidates_asked_for(attacks):
+    options = {"oversampling": 1.9, "restarts": 2, "max_steps": 3, "seed": 2}
+    theorems.run_theorem_cell(activation="gelu", **SIZE, **options)
+    assert given(attacks, start="random", **options)
+    assert attacks[0].model.activation.name == "gelu"
+
+
+def test_a_guess_is_attacked_with_that_many_candidates_from_random_starts(attacks):
+    sample_count.run_guess_cell(guess=5, seed=2, max_steps=3, **SIZE)
+    assert given(attacks, n=5, start="random", seed=2, max_steps=3)
+    assert attacks[0].model.p == 240
+
+
+def test_signs_are_counted_after_random_starts_of_the_default_solver(attacks):
+    sign_ambiguity.run_sign_cell("gelu", seed=2, max_steps=3, **SIZE)
+    assert given(attacks, solver="levenberg-marquardt", start="random", seed=2, max_steps=3)
+
+
+@pytest.mark.parametrize("unknown", [4, 1])
+def test_who_knows_nothing_is_the_attacker_of_the_paper(attacks, unknown):
+    cell = knowledge.run_informed_cell(4, 12, unknown, 3.0, seed=2, restarts=2, max_steps=3)
+    assert cell["p"] == 4 - unknown + 3 * 12 * unknown
+    assert len(attacks) == (unknown == 4)
+    if attacks:
+        assert given(attacks, n=4, seed=2, restarts=2, max_steps=3)
+
+
+def test_what_is_lacking_does_not_change_how_the_attack_is_made(attacks):
+    knowledge.run_knowledge_cell(lack="V", amount=0.1, seed=2, restarts=2, max_steps=3, **SIZE)
+    assert given(attacks, n=4, seed=2, restarts=2, max_steps=3)
+
+
+def test_a_deletion_is_looked_for_with_the_candidates_asked_for(attacks):
+    options = {"seed": 2, "restarts": 2, "max_steps": 3}
+    cell = knowledge.run_unlearning_cell(4, 12, 6.0, 2, **options)
+    assert given(attacks, n=2, **options) and cell["p"] == 72
+
+
+def test_a_defended_model_is_attacked_from_random_starts(attacks):
+    options = {"seed": 2, "restarts": 2, "max_steps": 3, "tolerance": 1e-4}
+    defences.run_defence_cell("none", n=4, p_over_dn=5.0, test=5, **options)
+    assert given(attacks, n=4, start="random", **options)
