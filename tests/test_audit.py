@@ -16,6 +16,7 @@ from paperlib.experiments.audit import (
     NETWORKS,
     audit_case,
     standardised_digits,
+    summary_of,
     train_and_save,
 )
 from paperlib.last_layer import (
@@ -335,6 +336,41 @@ def test_networks_are_trained_and_saved(tmp_path, case):
     check_states_fit(make(), {"start": start, "end": end})
     moved = {key for key in start if not torch.equal(start[key], end[key])}
     assert moved == (set(start) if layers == "all" else {f"{last}.weight", f"{last}.bias"})
+
+
+@pytest.fixture(scope="module")
+def last_layer_case():
+    return audit_case("perceptron, last layer", 2, seed=3, restarts=1, max_steps=40)
+
+
+def test_a_case_is_audited_with_its_own_network_and_data(last_layer_case):
+    found = last_layer_case
+    assert (found.last_layer, found.p, found.outputs, found.n) == ("2", 640, 10, 2)
+    assert found.body_moved == 0 and found.moved > 0  # only the last layer was trained
+    assert found.residual_at_truth < 1e-8  # judged by the data it was trained on
+    assert found.options["seed"] == 3 and found.options["max_steps"] == 40
+
+
+def test_a_summary_is_what_the_audit_found(last_layer_case):
+    found = last_layer_case
+    assert summary_of(found) == {
+        "parameters": 6400,
+        "readable": found.readable,
+        "below moved": 0.0,
+        "verdict": found.verdict,
+        "agreed on": int(found.confirmed.sum()),
+        "residual": found.residual_at_truth,
+        "error": found.comparison.signed_error,
+    }
+
+
+def test_a_summary_where_nothing_was_attacked(exact):
+    module, X, before, after, found = exact
+    many = found.readable + 1
+    found = audit(module, before, after, last_layer="2", input_shape=D, n=many, data=X)
+    summary = summary_of(found)
+    assert summary["verdict"] == "not determined" and summary["agreed on"] == 0
+    assert summary["error"] is None and summary["residual"] == found.residual_at_truth
 
 
 def test_cases_without_sense_are_refused(tmp_path):

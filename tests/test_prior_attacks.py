@@ -16,9 +16,13 @@ from paperlib import (
     sweep,
     train,
 )
+from paperlib.experiments import prior_attacks
 from paperlib.experiments.prior_attacks import (
+    ATTACKS,
+    PRIORS,
     check_prior_attack_cell,
     effective_rank,
+    make_arena,
     ranks,
     run_prior_attack_cell,
 )
@@ -230,6 +234,81 @@ def test_effective_rank_and_the_jacobian():
     alpha = torch.linalg.lstsq(features.features(X).T, theta.T).solution
     values = torch.linalg.svdvals(parameter_jacobian(features, X, alpha))
     assert ranks(features, theta, X)[1] == pytest.approx(effective_rank(values), rel=1e-6)
+
+
+def arena_of(kind, counted="all layers"):
+    arena = make_arena(kind, 2, 3.0, counted, "relu", 1, 0.1)
+    network = TwoLayer(64, arena.last.p, seed=1)
+    return arena, network, GradientFeatures(network, 64)
+
+
+def test_the_linearised_arena_fits_the_labels_to_first_order():
+    arena, network, features = arena_of("linearised")
+    X, y = arena.data.X, arena.data.y
+    fitted = network(X)[:, 0] + features.features(X) @ arena.theta[0]
+    torch.testing.assert_close(fitted, y, rtol=1e-3, atol=1e-3)
+    assert arena.training_loss < 1e-9
+    torch.testing.assert_close(arena.last.features(X), network.body(X))
+    torch.testing.assert_close(arena.last_theta, arena.theta[:, -arena.last.p :])
+
+
+def test_the_arena_of_descent_shows_the_move_and_the_trained_body():
+    arena, network, features = arena_of("descent")
+    X, before = arena.data.X, features.flatten(network).clone()
+    head = network.head.weight.detach().clone()
+    run = train(network, X, arena.data.y, progress=False)
+    torch.testing.assert_close(arena.theta, features.flatten(network) - before)
+    torch.testing.assert_close(arena.last_theta, network.head.weight.detach() - head)
+    torch.testing.assert_close(arena.last.features(X), network.body(X))
+    torch.testing.assert_close(arena.features.features(X), features.features(X))
+    assert arena.training_loss == run.loss
+
+
+def test_the_arena_of_the_margin_shows_the_parameters_themselves():
+    arena, _, _ = arena_of("margin")
+    scores = arena.last.features(arena.data.X) @ arena.last_theta[0]
+    assert bool((scores * arena.data.y > 10).all())  # far into the margin
+    assert 0 < arena.training_loss <= 1e-10
+    torch.testing.assert_close(arena.last_theta, arena.theta[:, -arena.last.p :])
+
+
+@pytest.mark.parametrize("counted", ["all layers", "last layer"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_reports_what_it_was_made_on(attack, counted):
+    options = {"counted": counted, "seed": 1, "budget": 4}
+    cell = run_prior_attack_cell("linearised", attack, 2, 1.5, **options)
+    width = {"all layers": 3, "last layer": 192}[counted]
+    assert cell["width"] == width and cell["priors"] == PRIORS[attack]
+    assert cell["parameters"] == (width if attack == "last layer" else 65 * width)
+    assert cell["candidates"] == (4 if attack == "margin" else 2)
+    # Gradients of all layers explain the move; the last layer's features explain its part.
+    assert cell["residual_at_truth"] < 1e-9
+    assert cell["passes"] > 0 and cell["products"] >= 2 * cell["passes"]
+    assert cell["best_half"] <= cell["signed_error"] + 1e-6
+
+
+@pytest.mark.parametrize(("attack", "name"), [("tangent", "ntk"), ("margin", "kkt")])
+@pytest.mark.parametrize("box", [True, False])
+def test_first_order_attacks_try_every_configuration_and_keep_the_best(
+    monkeypatch, attack, name, box
+):
+    arena, _, _ = arena_of("linearised")
+    function, made = getattr(prior_attacks, f"{name}_attack"), []
+
+    def watched(*given, **options):
+        made.append((options, function(*given, **options)))
+        return made[-1][1]
+
+    monkeypatch.setattr(prior_attacks, f"{name}_attack", watched)
+    best, passes = prior_attacks.run_attack(arena, attack, budget=6, seed=2, box=box)
+    tries = getattr(prior_attacks, f"{attack.upper()}_TRIES")
+    assert [(o["learning_rate"], o["sharpness"]) for o, _ in made] == list(tries)
+    X = arena.data.X
+    for options, _ in made:
+        assert options["steps"] == 3 and options["seed"] == 2
+        assert options["box"] == ((float(X.min()), float(X.max())) if box else None)
+    assert best.loss == min(record.loss for _, record in made)
+    assert passes == sum(record.passes for _, record in made)
 
 
 def test_cells_run_in_a_sweep(tmp_path):

@@ -81,6 +81,21 @@ def test_features_between_are_those_of_weights_on_the_straight_line():
     torch.testing.assert_close(features_between(network, start, 0.5).features(data.X), middle)
 
 
+@pytest.mark.parametrize("known", [0.0, 0.5])
+def test_who_does_not_know_the_trained_body_attacks_with_other_features(known):
+    few = {"max_train_steps": 20, "restarts": 1, "max_steps": 1, "blocks": 1, "seed": 1}
+    run = attack_residual(2, 1.0, known=known, **few)
+    start = residual_network(run.data, 1.0, blocks=1, seed=1).body.state_dict()
+    expected = features_between(run.network, start, known).features(run.data.X)
+    torch.testing.assert_close(run.features.features(run.data.X), expected)
+    assert not torch.allclose(expected, run.network.body(run.data.X))
+    truth = projection_loss(run.features, run.training.theta, run.data.X).item()
+    assert run.residual_at_truth == pytest.approx(truth, rel=1e-3)
+    assert truth != pytest.approx(run.training.residual_at_truth, rel=1e-2)
+    reached = projection_loss(run.features, run.training.theta, run.record.samples).item()
+    assert run.record.loss == pytest.approx(reached, rel=1e-3)
+
+
 def test_a_last_layer_from_zero_lowers_drift_and_residual_and_halfway_lowers_it_more():
     paper, zero = (run_drift_cell(p_over_dn=8.0, head_scale=s, **SMALL) for s in (1.0, 0.0))
     assert paper["trained"] and zero["trained"]

@@ -29,6 +29,7 @@ from paperlib.experiments.effective_dimension import (
     check_picture_cell,
     check_subspace_cell,
     other_pictures,
+    run_picture_cell,
     run_subspace_cell,
     subspace_data,
 )
@@ -279,6 +280,24 @@ def test_pictures_within_a_subspace():
     assert boxed_error(run.data, run.errors.matched) <= run.errors.signed_error + 1e-6
     blind = attack_pictures(2, 192, 0.5, size=8, restarts=1, max_steps=5)
     assert blind.record.samples.shape == (2, 192) and blind.left_out == 0
+
+
+@pytest.mark.parametrize("basis", ["cosine", "principal"])
+def test_the_cell_of_pictures_reports_what_the_attack_did(basis):
+    options = {"basis": basis, "size": 8, "seed": 1, "data_seed": 2, "restarts": 1, "max_steps": 4}
+    cell = run_picture_cell(2, 12, 0.5, activation="gelu", **options)
+    run = attack_pictures(2, 12, 0.5, activation="gelu", **options)
+    assert (cell["d"], cell["p"]) == (192, 192) and cell["p_over_kn"] == 192 / 24
+    assert cell["signed_error"] == pytest.approx(run.errors.signed.mean())
+    assert cell["largest_error"] == pytest.approx(run.errors.signed.max())
+    assert cell["floor"] == pytest.approx(compare(run.data.X, run.nearest).signed_error)
+    assert cell["projection_loss"] == run.record.loss
+    data, others = other_pictures("photographs", 2, size=8, seed=2)
+    axes = {"cosine": lambda: cosine_basis(others, data.image_shape, 12)}
+    axes["principal"] = lambda: principal_basis(others, 12)
+    off = data.X - data.X @ axes[basis]() @ axes[basis]().T
+    assert cell["left_out"] == pytest.approx(float(off.square().sum(1).mean()) / 192, rel=1e-3)
+    assert 0 < cell["boxed_error"] <= cell["signed_error"] + 1e-6
 
 
 # Bad input
