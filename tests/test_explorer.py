@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import paperlib as pl
-from paperlib.experiments.explorer import MOST_WEIGHTS, Setting, store_run
+from paperlib.experiments.explorer import DATA_SETS, MOST_WEIGHTS, Setting, store_run
 from paperlib.live_run import LiveRun
 
 SMALL = Setting("digits", n=3, p_over_dn=6.0)
@@ -101,12 +101,6 @@ def test_settings_without_sense_are_refused(setting, words):
         setting.problem()
 
 
-def test_the_largest_setting_of_the_sliders_that_is_allowed_is_below_the_limit():
-    setting = Setting("photographs", n=10, p_over_dn=10.0)
-    data = setting.data()
-    assert setting.parameters(data) * data.d <= MOST_WEIGHTS
-
-
 def test_noise_has_the_norm_that_was_asked_for_and_leaves_the_rest_alone():
     clean, noisy = SMALL.problem(), Setting("digits", 3, 6.0, noise=0.1).problem()
     ratio = float((noisy.theta - clean.theta).norm() / clean.theta.norm())
@@ -128,6 +122,16 @@ def test_a_run_that_could_not_be_stored_is_not_made(tmp_path, monkeypatch):
     monkeypatch.setattr(Setting, "attack", lambda *_: pytest.fail("the attack was run"))
     with pytest.raises(ValueError, match=r"path must end in .npz, got 'run.json'"):
         store_run(SMALL, tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("dataset", DATA_SETS)
+def test_no_end_of_the_sliders_is_refused_for_its_size(explorer, dataset):
+    assert dataset in explorer.dataset.options
+    for n in (explorer.n.min, explorer.n.max):
+        data = Setting(dataset, n).data()
+        for ratio in (explorer.p_over_dn.min, explorer.p_over_dn.max):
+            p = Setting(dataset, n, ratio).parameters(data)
+            assert p == round(ratio * data.d * n) and p * data.d <= MOST_WEIGHTS
 
 
 def picture(explorer):
