@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib import metadata
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from paperlib.grid import cell_key, check_grid, experiment_version, from_json, plain, to_json
-from paperlib.results import export_results, read_store
+from paperlib.results import export_results, machine, read_store, save_table
 from paperlib.store import CorruptRecord, Store
 from paperlib.sweep import sweep
 
@@ -240,6 +241,7 @@ def test_of_many_only_one_writes(tmp_path):
     assert Store(tmp_path).keys() == keys
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be kept here")
 def test_no_room_shows_before_and_leaves_no_trace(tmp_path):
     limited = """
         import resource, sys
@@ -306,6 +308,15 @@ def test_read_store_asks_for_a_store(tmp_path):
         read_store(tmp_path)
 
 
+def test_a_table_is_saved_with_its_machine_beside_it(tmp_path):
+    table = pd.DataFrame({"n": [1, 2], "loss": [0.5, 1e-9]})
+    save_table(table, tmp_path / "new" / "growth.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "new" / "growth.csv"), table)
+    beside = json.loads((tmp_path / "new" / "growth.machine.json").read_text())
+    assert beside == machine()
+    assert sorted(os.listdir(tmp_path / "new")) == ["growth.csv", "growth.machine.json"]
+
+
 def test_export_holds_results_and_where_they_come_from(filled, tmp_path):
     beside = export_results(filled, tmp_path / "out" / "half.csv")
     text = (tmp_path / "out" / "half.csv").read_text()
@@ -316,7 +327,7 @@ def test_export_holds_results_and_where_they_come_from(filled, tmp_path):
     found = json.loads(beside.read_text())
     assert found["cells"] == 5 and found["status"] == {"failed": 1, "ok": 4}
     assert found["machines"][0]["cells"] == 5
-    assert found["machines"][0]["libraries"]["torch"] == torch.__version__.split("+")[0]
+    assert found["machines"][0]["libraries"]["torch"] == metadata.version("torch")
     for private in (str(tmp_path), "/some/folder", os.uname().nodename):
         assert private not in text and private not in beside.read_text()
     assert sorted(os.listdir(tmp_path / "out")) == ["half.csv", "half.provenance.json"]
