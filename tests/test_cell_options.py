@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paperlib import RandomFeatures, combine_releases, fit_min_norm, reconstruct, sphere
+from paperlib import RandomFeatures, combine_releases, compare, fit_min_norm, reconstruct, sphere
 from paperlib.experiments import (
     defences,
     gap,
@@ -52,6 +52,14 @@ def given(attacks, **expected):
     return {name: attack.record.options[name] for name in expected} == expected
 
 
+def posed(attacks, activation="relu", *, seed):
+    """Whether the only attack was made on the sizes above, with data and features of that seed."""
+    (attack,) = attacks
+    data, model = sphere(4, 30, seed=seed), RandomFeatures(30, 240, activation, seed=seed)
+    same = torch.equal(attack.model.V, model.V) and attack.model.activation == model.activation
+    return same and torch.allclose(attack.theta, fit_min_norm(model, data.X, data.y))
+
+
 GAP = SIZE | {"restarts": 3, "max_steps": 2, "published_steps": 5}
 
 
@@ -67,6 +75,7 @@ GAP = SIZE | {"restarts": 3, "max_steps": 2, "published_steps": 5}
 def test_every_way_of_closing_the_gap_starts_as_it_says(attacks, method, expected):
     cell = gap.run_gap_cell(method=method, seed=1, **GAP)
     assert given(attacks, **{"solver": "levenberg-marquardt", "n": 4, "seed": 1} | expected)
+    assert posed(attacks, seed=1)
     record = attacks[0].record
     assert cell["projection_loss"] == record.loss and cell["passes"] == record.passes
     # Two steps find nothing: the starts are used up.
@@ -91,10 +100,23 @@ def test_two_ways_of_closing_the_gap_are_no_attack_of_reconstruct(attacks):
 def test_the_law_is_measured_with_the_solver_that_is_named(attacks, solver):
     options = {"solver": solver, "restarts": 2, "max_steps": 3, "seed": 5}
     cell = law.run_law_cell(activation="gelu", **SIZE, **options)
-    assert given(attacks, **options)
-    assert attacks[0].model.activation.name == "gelu"
-    assert attacks[0].record.options.get("start", "random") == "random"
-    assert cell["passes"] == attacks[0].record.passes
+    assert given(attacks, **options) and posed(attacks, "gelu", seed=5)
+    model, theta, record = vars(attacks[0]).values()
+    assert record.options.get("start", "random") == "random"
+    data = sphere(4, 30, seed=5)
+    errors = compare(data.X, record.samples)
+    assert cell == {
+        "p": 240,
+        "training_loss": law.training_loss(model, theta, data.X, data.y),
+        "signed_error": errors.signed_error,
+        "up_to_sign_error": errors.up_to_sign_error,
+        "published_error": errors.published_error,
+        "recovered": errors.recovered(),
+        "projection_loss": record.loss,
+        "explained": record.explained,
+        "passes": record.passes,
+        "attack_seconds": record.seconds,
+    }
 
 
 RELEASE = {"n": 3, "d": 8, "p_over_dn": 4.0, "releases": 5, "restarts": 2, "max_steps": 2}
@@ -125,19 +147,19 @@ def test_releases_are_attacked_with_the_lift_and_start_asked_for(attacks, lift, 
 def test_the_theorems_are_measured_with_the_candidates_asked_for(attacks):
     options = {"oversampling": 1.9, "restarts": 2, "max_steps": 3, "seed": 2}
     theorems.run_theorem_cell(activation="gelu", **SIZE, **options)
-    assert given(attacks, start="random", **options)
-    assert attacks[0].model.activation.name == "gelu"
+    assert given(attacks, start="random", **options) and posed(attacks, "gelu", seed=2)
 
 
 def test_a_guess_is_attacked_with_that_many_candidates_from_random_starts(attacks):
     sample_count.run_guess_cell(guess=5, seed=2, max_steps=3, **SIZE)
     assert given(attacks, n=5, start="random", seed=2, max_steps=3)
-    assert attacks[0].model.p == 240
+    assert posed(attacks, "relu+tanh", seed=2)
 
 
 def test_signs_are_counted_after_random_starts_of_the_default_solver(attacks):
     sign_ambiguity.run_sign_cell("gelu", seed=2, max_steps=3, **SIZE)
     assert given(attacks, solver="levenberg-marquardt", start="random", seed=2, max_steps=3)
+    assert posed(attacks, "gelu", seed=2)
 
 
 @pytest.mark.parametrize("unknown", [4, 1])
@@ -147,6 +169,12 @@ def test_who_knows_nothing_is_the_attacker_of_the_paper(attacks, unknown):
     assert len(attacks) == (unknown == 4)
     if attacks:
         assert given(attacks, n=4, seed=2, restarts=2, max_steps=3)
+
+
+def test_who_lacks_nothing_has_the_parameters_and_features(attacks):
+    cell = knowledge.run_knowledge_cell(seed=2, restarts=1, max_steps=3, **SIZE)
+    assert posed(attacks, seed=2) and cell["disturbance"] == 0
+    assert (cell["p"], cell["equations"]) == (240, 240)
 
 
 def test_what_is_lacking_does_not_change_how_the_attack_is_made(attacks):
