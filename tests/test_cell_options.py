@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paperlib import RandomFeatures, combine_releases, compare, fit_min_norm, reconstruct, sphere
+from paperlib import (
+    RandomFeatures,
+    combine_releases,
+    compare,
+    fit_min_norm,
+    projection_loss,
+    reconstruct,
+    sphere,
+)
 from paperlib.experiments import (
     defences,
     gap,
@@ -127,7 +135,10 @@ RELEASE = {"n": 3, "d": 8, "p_over_dn": 4.0, "releases": 5, "restarts": 2, "max_
 def test_releases_are_attacked_in_the_combination_and_format_asked_for(attacks, combination, dtype):
     cell = releases.run_release_cell(combination=combination, dtype=dtype, seed=1, **RELEASE)
     (attack,) = attacks
-    assert attack.model.dtype == attack.theta.dtype == getattr(torch, dtype)
+    precision = getattr(torch, dtype)
+    assert attack.model.dtype == attack.theta.dtype == precision
+    model = RandomFeatures(8, 96, "relu+tanh", seed=1, dtype=precision)
+    assert torch.equal(attack.model.V, model.V)
     thetas = releases.train_releases(
         attack.model, sphere(3, 8, seed=1, dtype=attack.model.dtype).X, 5, "labels", seed=1
     )
@@ -173,8 +184,20 @@ def test_who_knows_nothing_is_the_attacker_of_the_paper(attacks, unknown):
 
 def test_who_lacks_nothing_has_the_parameters_and_features(attacks):
     cell = knowledge.run_knowledge_cell(seed=2, restarts=1, max_steps=3, **SIZE)
-    assert posed(attacks, seed=2) and cell["disturbance"] == 0
-    assert (cell["p"], cell["equations"]) == (240, 240)
+    assert posed(attacks, seed=2)
+    model, theta, record = vars(attacks[0]).values()
+    X = sphere(4, 30, seed=2).X
+    errors = compare(X, record.samples)
+    assert cell == {
+        "p": 240,
+        "equations": 240,
+        "disturbance": 0,
+        "recovered": errors.recovered(),
+        "roughly": errors.recovered(0.2),
+        "signed_error": errors.signed_error,
+        "projection_loss": record.loss,
+        "loss_at_truth": float(projection_loss(model, theta, X)),
+    }
 
 
 def test_what_is_lacking_does_not_change_how_the_attack_is_made(attacks):
@@ -185,7 +208,22 @@ def test_what_is_lacking_does_not_change_how_the_attack_is_made(attacks):
 def test_a_deletion_is_looked_for_with_the_candidates_asked_for(attacks):
     options = {"seed": 2, "restarts": 2, "max_steps": 3}
     cell = knowledge.run_unlearning_cell(4, 12, 6.0, 2, **options)
-    assert given(attacks, n=2, **options) and cell["p"] == 72
+    assert given(attacks, n=2, **options)
+    model, theta, record = vars(attacks[0]).values()
+    data = sphere(4, 12, seed=2)
+    X, y = data.X, data.y
+    torch.testing.assert_close(theta, fit_min_norm(model, X, y) - fit_min_norm(model, X[1:], y[1:]))
+    # In the span of all four features, where the deleted one has the largest weight.
+    weights = torch.linalg.lstsq(model.features(X).T, theta.T).solution[:, 0].abs()
+    assert cell.pop("weight") == pytest.approx(float(weights[0] / weights[1:].max()), rel=1e-3)
+    assert cell == {
+        "p": 72,
+        "p_over_dn": 72 / 48,
+        "deleted_error": pytest.approx(float(torch.cdist(record.samples, X[:1]).min()) / 12**0.5),
+        "recovered": compare(X, record.samples).recovered(),
+        "projection_loss": record.loss,
+        "loss_at_deleted": float(projection_loss(model, theta, X[:1])),
+    }
 
 
 def test_a_defended_model_is_attacked_from_random_starts(attacks):

@@ -1,9 +1,11 @@
 """Closing the gap: what its cells report, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 
-from paperlib import RandomFeatures, fit_min_norm, sphere
+from paperlib import RandomFeatures, fit_min_norm, photographs, sphere
 from paperlib.experiments.gap import (
     METHODS,
     captured_by_span,
@@ -32,8 +34,11 @@ def test_the_default_finds_what_it_should():
     assert cell["whole"] and cell["explained"] and cell["near"] == 4
 
 
-def test_photographs_have_the_dimension_asked_for():
-    assert load("photographs", 3, 64, seed=0).d == 64
+def test_data_have_the_dimension_and_the_seed_asked_for():
+    grey = photographs(3, size=8, grey=True, seed=1)
+    assert torch.equal(load("photographs", 3, 64, seed=1).X, grey.X)
+    assert not torch.equal(load("photographs", 3, 64, seed=2).X, grey.X)
+    assert torch.equal(load("sphere", 3, 64, seed=1).X, sphere(3, 64, seed=1).X)
 
 
 def test_the_span_captures_all_of_one_sample_from_many_parameters():
@@ -50,6 +55,9 @@ def test_the_span_captures_all_of_one_sample_from_many_parameters():
         ({"data": "noise"}, "data must be one of"),
         ({"activation": "step"}, "activation must be one of"),
         ({"restarts": 0}, "restarts must be at least 1"),
+        ({"d": 1}, "d must be at least 2"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"p_over_dn": math.inf}, "p_over_dn must be above 0, got inf"),
         ({"p_over_dn": 0.1}, "p must be at least n and d, got 12"),
     ],
 )

@@ -246,6 +246,18 @@ def test_withheld_parameters_leave_a_smaller_model():
     assert set(theta[0].tolist()) <= set(whole)
 
 
+@pytest.mark.parametrize("lack", ["theta_0", "V", "parameters"])
+def test_what_is_lacking_is_drawn_from_the_seed_alone(lack):
+    def drawn(seed):
+        torch.rand(3)  # wherever the global stream is
+        _, data, (attack, theta, _) = lacking(lack, amount=0.5, seed=seed)
+        return attack.V @ data.X[0], theta
+
+    first, again, other = drawn(2), drawn(2), drawn(3)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(torch.cat([first[0], first[1][0]]), torch.cat([other[0], other[1][0]]))
+
+
 def test_digits_are_those_of_quantise():
     model, data, (attack, theta, disturbance) = lacking("digits", format="int4")
     exact = fit_min_norm(model, data.X, data.y)
