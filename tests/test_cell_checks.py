@@ -1,5 +1,6 @@
 """What a cell would fail on is refused before any cell runs, and what it can compute is not."""
 
+import inspect
 import math
 
 import pytest
@@ -24,8 +25,19 @@ from paperlib.experiments.knowledge import (
 from paperlib.experiments.law import check_law_cell, run_law_cell
 from paperlib.experiments.prior_attacks import check_prior_attack_cell, run_prior_attack_cell
 from paperlib.experiments.releases import check_release_cell, run_release_cell
-from paperlib.experiments.residual import check_residual_cell, run_residual_cell
-from paperlib.experiments.sample_count import check_estimate_cell, run_estimate_cell
+from paperlib.experiments.residual import (
+    check_drift_cell,
+    check_residual_cell,
+    run_drift_cell,
+    run_residual_cell,
+)
+from paperlib.experiments.sample_count import (
+    check_estimate_cell,
+    check_guess_cell,
+    run_estimate_cell,
+    run_guess_cell,
+)
+from paperlib.experiments.sign_ambiguity import check_sign_cell, run_sign_cell
 from paperlib.experiments.theorems import (
     check_floor_cell,
     check_theorem_cell,
@@ -129,6 +141,47 @@ def test_what_a_cell_would_fail_on_is_refused_before_it_runs(experiment, change,
         check_grid(function, [cell | change], check=check)
     with pytest.raises((ArithmeticError, RuntimeError, TypeError, ValueError)):
         function(**cell | change)
+
+
+# What no experiment can compute with, whatever its other parameters are.
+SENSELESS = {
+    **dict.fromkeys(("n", "candidates", "unknown", "releases", "guess", "most", "test"), 0),
+    **dict.fromkeys(("outputs", "blocks", "patch", "depth", "heads", "budget", "size", "k"), 0),
+    **dict.fromkeys(("restarts", "max_steps", "max_train_steps", "published_steps"), 0),
+    **dict.fromkeys(("seed", "data_seed"), -1),
+    **dict.fromkeys(("p_over_dn", "p_over_dk", "p_over_d", "p_over_kn"), math.nan),
+    **dict.fromkeys(("tolerance", "target", "step_scale", "start_scale", "momentum"), math.nan),
+    **dict.fromkeys(("amount", "left_out", "known", "head_scale", "oversampling"), math.nan),
+    **dict.fromkeys(("activation", "solver", "method", "data", "dataset", "labels"), "?"),
+    **dict.fromkeys(("layers", "loss", "defence", "lack", "kind", "combination", "start"), "?"),
+    **dict.fromkeys(("dtype", "basis", "arena", "attack", "counted"), "?"),
+    "d": 1,
+    "device": "abacus",
+}
+EXPERIMENTS = [LAW, KNOWLEDGE, INFORMED, UNLEARNING, SUBSPACE, PICTURE, GAP, PRIOR, ESTIMATE]
+EXPERIMENTS += [FLOOR, THEOREM, RELEASE, DEFENCE, RESIDUAL, TRANSFORMER]
+EXPERIMENTS += [
+    (run_guess_cell, check_guess_cell, {"n": 3, "guess": 5, "d": 8, "p_over_dn": 1.0}),
+    (run_sign_cell, check_sign_cell, {"activation": "relu", "n": 3, "d": 8}),
+    (run_two_layer_cell, check_two_layer_cell, NETWORK),
+    (run_drift_cell, check_drift_cell, NETWORK),
+    (run_classification_cell, check_classification_cell, NETWORK),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "check", "cell"), EXPERIMENTS, ids=[e[0].__name__ for e in EXPERIMENTS]
+)
+def test_no_parameter_is_taken_without_sense(function, check, cell):
+    known = inspect.signature(function).parameters
+    assert (
+        not known.keys() - SENSELESS.keys() - {"strength", "format", "lift", "learning_rate", "box"}
+    )
+    check_grid(function, [cell], check=check)
+    for name in known.keys() & SENSELESS.keys():
+        wrong = [SENSELESS[name]] if known[name].annotation.startswith("tuple") else SENSELESS[name]
+        with pytest.raises(ValueError, match=rf"^grid\[0\]: {name} "):
+            check_grid(function, [cell | {name: wrong}], check=check)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ from paperlib.experiments import (
     sign_ambiguity,
     theorems,
 )
+from paperlib.known_samples import reconstruct_unknown
 from paperlib.message_passing import MessagePassing
+from paperlib.releases import release_spectrum
 from paperlib.streams import stream
 
 SIZE = {"n": 4, "d": 30, "p_over_dn": 2.0}
@@ -139,12 +141,25 @@ def test_releases_are_attacked_in_the_combination_and_format_asked_for(attacks, 
     assert attack.model.dtype == attack.theta.dtype == precision
     model = RandomFeatures(8, 96, "relu+tanh", seed=1, dtype=precision)
     assert torch.equal(attack.model.V, model.V)
-    thetas = releases.train_releases(
-        attack.model, sphere(3, 8, seed=1, dtype=attack.model.dtype).X, 5, "labels", seed=1
-    )
+    X = sphere(3, 8, seed=1, dtype=precision).X
+    thetas = releases.train_releases(model, X, 5, "labels", seed=1)
     raw = combination == "as released"
     torch.testing.assert_close(attack.theta, torch.cat(thetas) if raw else combine_releases(thetas))
-    assert cell["rank"] == 3 and cell["numbers"] == 3 * 96 and 0 < cell["weakest"] < 1
+    errors = compare(X, attack.record.samples)
+    assert cell == {
+        "p": 96,
+        "numbers": 3 * 96,
+        "unknowns": 3 * 7 + 3 * 3,
+        "rank": 3,
+        "weakest": float(release_spectrum(thetas)[-1]),
+        "recovered": errors.recovered(),
+        "signed_error": errors.signed_error,
+        "projection_loss": attack.record.loss,
+        "lifted": True,
+        "passes": attack.record.passes,
+        "attack_seconds": attack.record.seconds,
+    }
+    assert given(attacks, seed=1)
 
 
 @pytest.mark.parametrize("lift", [True, False, None])
@@ -157,8 +172,21 @@ def test_releases_are_attacked_with_the_lift_and_start_asked_for(attacks, lift, 
 
 def test_the_theorems_are_measured_with_the_candidates_asked_for(attacks):
     options = {"oversampling": 1.9, "restarts": 2, "max_steps": 3, "seed": 2}
-    theorems.run_theorem_cell(activation="gelu", **SIZE, **options)
+    cell = theorems.run_theorem_cell(activation="gelu", **SIZE, **options)
     assert given(attacks, start="random", **options) and posed(attacks, "gelu", seed=2)
+    model, _, record = vars(attacks[0]).values()
+    X = sphere(4, 30, seed=2).X
+    off = theorems.off_span(model.features(X), model.features(record.samples))
+    assert cell == {
+        "p": 240,
+        "off_span": float(off.mean()),
+        "off_span_most": float(off.max()),
+        "distance": pytest.approx(torch.cdist(record.samples, X).amin(1).mean().item() / 30**0.5),
+        "signed_error": compare(X, record.samples).signed_error,
+        **theorems.count_merged(X, record.samples),
+        "projection_loss": record.loss,
+        "explained": record.explained,
+    }
 
 
 def test_a_guess_is_attacked_with_that_many_candidates_from_random_starts(attacks):
@@ -176,10 +204,23 @@ def test_signs_are_counted_after_random_starts_of_the_default_solver(attacks):
 @pytest.mark.parametrize("unknown", [4, 1])
 def test_who_knows_nothing_is_the_attacker_of_the_paper(attacks, unknown):
     cell = knowledge.run_informed_cell(4, 12, unknown, 3.0, seed=2, restarts=2, max_steps=3)
-    assert cell["p"] == 4 - unknown + 3 * 12 * unknown
+    p = 4 - unknown + 3 * 12 * unknown
+    assert (cell["p"], cell["p_over_dn"]) == (p, p / 48)
+    data, model = sphere(4, 12, seed=2), RandomFeatures(12, p, seed=2)
+    spoke = int((model.features(data.X[:unknown]) != 0).any(0).sum())
+    assert cell["telling"] == (spoke - 4 + unknown) / (12 * unknown)
     assert len(attacks) == (unknown == 4)
     if attacks:
         assert given(attacks, n=4, seed=2, restarts=2, max_steps=3)
+        assert torch.equal(attacks[0].model.V, model.V)
+        record = attacks[0].record
+    else:
+        theta = fit_min_norm(model, data.X, data.y)
+        options = {"seed": 2, "restarts": 2, "max_steps": 3}
+        record = reconstruct_unknown(model, theta, unknown, data.X[unknown:], **options)
+    assert cell["projection_loss"] == record.loss
+    assert cell["signed_error"] == compare(data.X[:unknown], record.samples).signed_error
+    assert cell["identifiable"] == record.identifiable
 
 
 def test_who_lacks_nothing_has_the_parameters_and_features(attacks):
