@@ -196,9 +196,18 @@ def test_a_guess_is_attacked_with_that_many_candidates_from_random_starts(attack
 
 
 def test_signs_are_counted_after_random_starts_of_the_default_solver(attacks):
-    sign_ambiguity.run_sign_cell("gelu", seed=2, max_steps=3, **SIZE)
+    cell = sign_ambiguity.run_sign_cell("gelu", seed=2, max_steps=3, **SIZE)
     assert given(attacks, solver="levenberg-marquardt", start="random", seed=2, max_steps=3)
     assert posed(attacks, "gelu", seed=2)
+    X, record = sphere(4, 30, seed=2).X, attacks[0].record
+    errors = compare(X, record.samples)
+    assert cell == {
+        **sign_ambiguity.count_signs(X, record.samples),
+        "projection_loss": record.loss,
+        "signed_error": errors.signed_error,
+        "up_to_sign_error": errors.up_to_sign_error,
+        "published_error": errors.published_error,
+    }
 
 
 @pytest.mark.parametrize("unknown", [4, 1])

@@ -61,6 +61,15 @@ def test_floor_is_zero_when_the_derivatives_span_everything():
     assert run_floor_cell(2, 10, 20.0)["floor"] > 0.3
 
 
+def test_the_floor_is_the_least_of_the_first_three_samples():
+    data = sphere(5, 10, seed=4, dtype=torch.float64)
+    model = RandomFeatures(10, 400, "gelu", seed=4, dtype=torch.float64)
+    norms = model.features(data.X).norm(dim=1) / 20
+    floors = [floor_without_own_candidate(model, data.X, i) / float(norms[i]) for i in range(3)]
+    assert run_floor_cell(5, 10, 8.0, "gelu", seed=4) == {"floor": pytest.approx(min(floors))}
+    assert max(floors) > 1.001 * min(floors)
+
+
 def test_cells_without_sense_are_refused():
     with pytest.raises(ValueError, match="oversampling"):
         check_theorem_cell(2, 10, 5.0, "relu", 0, 10, 1, 0.5)
