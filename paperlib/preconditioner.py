@@ -38,7 +38,9 @@ def damped(M: Tensor, mu: float, *, floor: float) -> tuple[Tensor, Tensor]:
         mu: damping, at least `RIDGE` in the matrix.
         floor: relative to the mean of the diagonal.
     """
-    D = M.diagonal() + floor * M.diagonal().mean()
+    mean = M.diagonal().mean()
+    # Where no feature is active at any candidate, M is zero; so is the gradient, whatever D is.
+    D = M.diagonal() + torch.where(mean > 0, floor * mean, 1.0)
     return M + max(mu, RIDGE) * torch.diag(D), mu * D
 
 

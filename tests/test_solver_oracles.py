@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 import torch
 
-from paperlib import RandomFeatures, fit_min_norm, projection_loss, sphere
+from paperlib import GivenFeatures, RandomFeatures, fit_min_norm, projection_loss, sphere
 from paperlib.elimination import eliminate
 from paperlib.levenberg_marquardt import damped_step, levenberg_marquardt
 from paperlib.lift import Lift
@@ -493,3 +493,15 @@ def test_spectral_start_finds_the_direction_of_a_single_hidden_sample(alpha):
     values, vectors = torch.linalg.eigh(moment)
     leading = vectors[:, values.abs().argmax()]
     assert abs(float(found[0] @ leading)) / math.sqrt(d) > 0.999
+
+
+def test_candidates_at_which_no_feature_is_active_end_the_descent():
+    """All is zero there: features, coefficients and the matrix of the preconditioner."""
+    X = to_sphere(torch.eye(2, 4, dtype=torch.float64))
+    model = GivenFeatures(-torch.ones(5, 4, dtype=torch.float64), "relu")
+    theta = torch.ones(1, 5, dtype=torch.float64)
+    run = levenberg_marquardt(
+        lambda Z: Linearization(model, theta, Z, curvature=True), X, target=1e-10, max_steps=50
+    )
+    assert run.status == "stalled" and run.point.loss == 1.0
+    assert torch.equal(run.point.X, X)
