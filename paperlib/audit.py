@@ -187,7 +187,8 @@ def audit(
         before: state dictionary at the start of training, or the path of a checkpoint.
         after: the same at the end.
         last_layer: name of its last `torch.nn.Linear`, as in `module.named_modules()`. What comes
-            after it may not have parameters. Its bias is left out.
+            after it may not have parameters; those of a module that holds it, such as a class
+            token, are taken as used before it. Its bias is left out.
         input_shape: shape of one input, without the batch.
         n: number of training samples, or a guess. If None it is estimated, which is possible
             only where the layers below did not move; otherwise nothing is attacked.
@@ -270,7 +271,7 @@ def audit(
         ),
         "features": features,
         "theta": theta,
-        "start": start.to(device, dtype),
+        "start": start.to(device),
     }
     search = {
         "seed": seed,

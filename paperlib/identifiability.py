@@ -46,7 +46,7 @@ HALVINGS = 12
 def unknowns(n: int, d: int, outputs: int = 1) -> int:
     """Numbers in the data and coefficients, N = n (d - 1) + n C."""
     n, d = check_count("n", n), check_count("d", d, least=2)
-    return n * (d - 1) + n * check_count("outputs", outputs)
+    return n * (d - 1) + n * check_count("outputs", outputs, least=0)
 
 
 def least_parameters(n: int, d: int, outputs: int = 1) -> int:

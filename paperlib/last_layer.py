@@ -25,6 +25,8 @@ HOMOGENEOUS = 1e-5
 def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
     """The last layer of that name: linear, its weights used once, no parameters after it.
 
+    Parameters of a module that holds the layer are taken as used before it.
+
     Args:
         module: the whole network, in evaluation mode.
         name: of the layer, as in `module.named_modules()`.

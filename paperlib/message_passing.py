@@ -395,6 +395,9 @@ class MessagePassing:
 
 
 def message_bytes(n: int, outputs: int, p: int, d: int) -> int:
-    """Bytes of the second moments, and of the scores: of now, of the best iteration, one copied."""
-    scores = bytes_of(torch.float32, 3, n + outputs, p)
-    return scores + bytes_of(torch.float64, outputs, d, d)
+    """Bytes of the second moments, while they are made and beside the scores.
+
+    Scores are held of now and of the best iteration, and of one being copied.
+    """
+    moments = bytes_of(torch.float64, outputs, d, d)
+    return max(4 * moments, moments + bytes_of(torch.float32, 3, n + outputs, p))

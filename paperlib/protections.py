@@ -56,9 +56,9 @@ def protections(
     for name in formats:
         if name not in BITS:
             raise ValueError(f"formats must be among {', '.join(BITS)}, got {name!r}")
-    theta, released = audit.theta, audit.start + audit.theta
+    theta, released = audit.theta, audit.start + audit.theta.double()
     generator = stream("noise", audit.options["seed"])
-    direction = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
+    direction = torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta.device)
     spoilt = {"none": released}
     for level in levels:
         size = level * theta.norm() / math.sqrt(theta.numel())
@@ -71,7 +71,7 @@ def protections(
     truth = to_inputs(audit.record.samples[audit.confirmed.to(audit.theta.device)]).flatten(1)
     rows = []
     for name, weights in spoilt.items():
-        left = weights - audit.start
+        left = (weights - audit.start).to(theta)  # of what was stored in many digits
         record = audit.record
         if name != "none":
             record = reconstruct(audit.features, left, audit.n, **options)

@@ -18,6 +18,7 @@ from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
 from paperlib.results import machine
 from paperlib.saved_attack import SavedAttack, fingerprint
+from paperlib.second_order import OVERSAMPLING, SecondOrderSolver
 
 STARTS = ("auto", "random", "subspace", "messages")
 
@@ -144,7 +145,7 @@ def second_order_options(
     restarts: int | None = None,
     start: str = "auto",
     max_steps: int = 200,
-    oversampling: float = 1.4,
+    oversampling: float = OVERSAMPLING,
     lift: bool | None = None,
     bulk: str = "auto",
     keep: str = "auto",
@@ -181,8 +182,6 @@ def second_order_options(
             that both follow from, "nothing" (half as long again), or "auto", by what fits.
         forcing: relative residual of the inner linear solves.
     """
-    from paperlib.second_order import SecondOrderSolver
-
     if restarts is not None:
         check_count("restarts", restarts)
     check_count("max_steps", max_steps)

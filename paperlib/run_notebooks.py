@@ -133,7 +133,7 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             raise RuntimeError(
                 f"papermill ended with {result.returncode}{where}\n{result.stderr or ''}"
             )
-        figures = sorted(path.name for path in drawn.iterdir())
+        figures = sorted(path.name for path in drawn.iterdir() if path.is_file())
         record = {
             "notebook": job.name,
             "profile": job.profile,
@@ -145,9 +145,14 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             "executed": file_hash(partial),
             "key": key,
         }
-        # The record last: killed before it, the record does not match and the notebook runs again.
-        for name in figures:
-            replace_file(job.figures / name, (drawn / name).read_bytes())
+        # On the disk of the figures, so that renaming alone is left once all are there.
+        with tempfile.TemporaryDirectory(dir=job.figures, prefix=".drawn-") as complete:
+            for name in figures:
+                replace_file(Path(complete, name), (drawn / name).read_bytes())
+            # Killed from here on, there is no record and the notebook runs again.
+            job.record.unlink(missing_ok=True)
+            for name in figures:
+                os.replace(Path(complete, name), job.figures / name)
         replace_file(job.executed, partial.read_bytes())
         replace_file(job.record, (json.dumps(record, indent=1, default=str) + "\n").encode())
         failed.unlink(missing_ok=True)

@@ -38,6 +38,9 @@ from paperlib.stages import PROMISING, stage_record
 from paperlib.streams import stream
 from paperlib.subspace_search import search_bytes, search_pays
 
+# Candidates for each sample, by default.
+OVERSAMPLING = 1.4
+
 # The lift spends d + n^ of the p equations; it is used while most of them are left.
 LIFT_SHARE = 0.5
 
@@ -53,6 +56,11 @@ LEAST_SECOND_MOMENT = 1e-2
 
 # Restarts by default, and where every start is made by message passing.
 RESTARTS, RESTARTS_NEAR = 5, 20
+
+
+def candidates_of(n: int, p: int, *, oversampling: float = OVERSAMPLING) -> int:
+    """How many candidates, n^ >= n, an attack on n samples begins with."""
+    return max(n, min(math.ceil(oversampling * n), n + p // 4))
 
 
 def same_samples(A: Tensor, B: Tensor, *, share: float = AGREEMENT) -> bool:
@@ -84,17 +92,14 @@ class SecondOrderSolver(Attempts):
         saved: SavedAttack | None = None,
     ):
         """See `reconstruct` for the options."""
-        candidates = max(n, min(math.ceil(oversampling * n), n + model.p // 4))
-        # Whether the bulk stage went on in float32: in the attack that is taken up again.
-        self.sharpened = bool(saved and saved.state and saved.state["sharpened"])
+        candidates = candidates_of(n, model.p, oversampling=oversampling)
+        formats = bulk_formats(model, candidates, bulk)
         super().__init__(
             model,
             theta,
             n,
             candidates=candidates,
-            formats=single_formats(model)
-            if self.sharpened
-            else bulk_formats(model, candidates, bulk),
+            formats=formats,
             keep=keep,
             max_steps=max_steps,
             tolerance=tolerance,
@@ -140,7 +145,11 @@ class SecondOrderSolver(Attempts):
             message_bytes(n, len(theta), model.p, model.d) if sent else 0,
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
         )
-        self.keep = self._allot(Formats(self.bulk, self.products))
+        # Whether the bulk stage went on in float32: first in the attack that is taken up again.
+        self.sharpened = bool(saved and saved.state and saved.state["sharpened"])
+        self.sharpened = self.sharpened and self._settle_for(single_formats(model))
+        if not self.sharpened:
+            self.keep = self._allot(formats)
         self.lift = self._make_lift() if lifted else None
         self.best: Attempt | None = None
         self.independent: list[Tensor] = []  # samples of the starts that began anew
@@ -157,6 +166,19 @@ class SecondOrderSolver(Attempts):
             keep=self.wanted_keep,
             starts=self.start_bytes,
         )
+
+    def _settle_for(self, formats: Formats) -> bool:
+        """Change to these formats, if the memory allows; whether it does."""
+        keep = None
+        with contextlib.suppress(MemoryError):
+            keep = self._allot(formats)
+        full = torch.tensor([float(keep is None)], dtype=torch.float64, device=self.model.device)
+        self.model.sum_over_processes([full])  # all of them change, or none
+        if full > 0:
+            return False
+        self.bulk, self.products = formats
+        self.keep = keep
+        return True
 
     def _lifts(self, wanted: bool | None) -> bool:
         """Whether the linear part is lifted: as wanted, or where there is one and room."""
@@ -189,18 +211,10 @@ class SecondOrderSolver(Attempts):
 
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""
-        model = self.model
-        model.release(self.bulk)
-        formats = single_formats(model)
-        keep = None
-        with contextlib.suppress(MemoryError):
-            keep = self._allot(formats)
-        full = torch.tensor([float(keep is None)], dtype=torch.float64, device=model.device)
-        model.sum_over_processes([full])  # all of them go on, or none
-        if full > 0:
+        self.model.release(self.bulk)
+        if not self._settle_for(single_formats(self.model)):
             return False
-        self.bulk, self.products = formats
-        self.keep, self.sharpened = keep, True
+        self.sharpened = True
         if self.lift is not None:
             self.lift = None  # V^T V twice would be more than was foreseen
             self.lift = self._make_lift()

@@ -4,6 +4,8 @@ A store is a folder. A record `<key>.json` appears in one step, whole and on dis
 
     lock <key>.part -> write -> fsync -> rename to <key>.json -> fsync of the folder
 
+(Should the last one fail, the record is there for as long as the machine stands.)
+
 `<key>.part` is at once the claim on the cell, the room kept for its record, and the temporary
 file. Its lock is the kernel's (flock): it ends with the process that holds it, however that ends,
 so no claim outlives its owner and none has to be guessed stale. Across machines this needs a
@@ -65,7 +67,7 @@ class Claim:
     written: bool = False
 
     def write(self, record: dict) -> None:
-        """Put the record in place, in one step and on disk.
+        """Put the record in place, in one step.
 
         Raises:
             OSError: if the disk is full or cannot be written; no record is there then.

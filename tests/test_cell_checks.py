@@ -71,6 +71,7 @@ GAP = (
     check_gap_cell,
     {"n": 2, "d": 16, "p_over_dn": 1.2, "data": "photographs", "method": "subspace search"},
 )
+ROUND = (*GAP[:2], GAP[2] | {"method": "one round of messages", "data": "sphere"})
 PRIOR = (
     run_prior_attack_cell,
     check_prior_attack_cell,
@@ -84,7 +85,7 @@ THEOREM = (run_theorem_cell, check_theorem_cell, {"n": 3, "d": 8, "p_over_dn": 5
 RELEASE = (
     run_release_cell,
     check_release_cell,
-    {"n": 3, "d": 9, "p_over_dn": 1 / 3, "releases": 2, "lift": True},
+    {"n": 3, "d": 9, "p_over_dn": 15 / 27, "releases": 2, "lift": True},
 )
 DEFENCE = (run_defence_cell, check_defence_cell, {"n": 4, "p_over_dn": 1.0, "test": 5})
 STOPPED = (*DEFENCE[:2], DEFENCE[2] | {"defence": "early stopping", "strength": 2.0})
@@ -110,6 +111,7 @@ TRANSFORMER = (run_transformer_cell, check_transformer_cell, NETWORK)
         (GAP, {"d": 9}, "the square of a side of at least 4 pixels, got 9"),
         (GAP, {"p_over_dn": 1.1}, "subspace search needs p of at least 38, got 35"),
         (GAP, {"activation": "tanh"}, "needs a second moment, which tanh has not"),
+        (ROUND, {"n": 17}, "one round of messages needs n of at most d = 16, got 17"),
         (PRIOR, {"n": 4, "p_over_dn": 1.0}, r"n must be below min\(width, d\) = 4, got 4"),
         (PRIOR, {"n": 64}, r"n must be below min\(width, d\) = 64, got 64"),
         (LAST, {"p_over_dn": 0.5}, "p must be at least n = 3, got 1"),
@@ -125,7 +127,8 @@ TRANSFORMER = (run_transformer_cell, check_transformer_cell, NETWORK)
         (FLOOR, {"p_over_dn": math.inf}, "p_over_dn must be above 0, got inf"),
         (FLOOR, {"activation": "step"}, "activation must be one of"),
         (THEOREM, {"oversampling": math.nan}, "oversampling must be at least 1 and finite"),
-        (RELEASE, {"p_over_dn": 5 / 27}, "lift=True needs p of at least d = 9, got 5"),
+        (RELEASE, {"p_over_dn": 14 / 27}, "needs p above d and the candidates, 14, got 14"),
+        (DEFENCE, {"test": 1800}, "1804 .* asked for"),
         (STOPPED, {"strength": math.inf}, "strength of early stopping must be at least 1"),
         (STOPPED, {"strength": math.nan}, "strength of early stopping must be at least 1"),
         (PRUNED, {"strength": 0.9}, "pruning must leave n = 4 features, got 0.9 of 26 removed"),
@@ -209,3 +212,31 @@ def test_every_experiment_names_the_data_sets_that_it_has():
             )
     with pytest.raises(ValueError, match="must be one of digits, faces, photographs, cifar10, got"):
         check_grid(run_residual_cell, [NETWORK | {"dataset": "letters"}], check=check_residual_cell)
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        LAW,
+        KNOWLEDGE,
+        INFORMED,
+        UNLEARNING,
+        SUBSPACE,
+        GAP,
+        ROUND,
+        ESTIMATE,
+        THEOREM,
+        RELEASE,
+        PRUNED,
+    ],
+)
+def test_what_is_not_refused_runs(experiment):
+    function, _, cell = experiment
+    known = inspect.signature(function).parameters
+    few = {k: v for k, v in {"restarts": 1, "max_steps": 2}.items() if k in known}
+    assert function(**cell | few)
+
+
+def test_a_sample_at_which_no_feature_is_active_is_in_every_span():
+    floors = [run_floor_cell(2, 4, 1 / 8, "relu", seed)["floor"] for seed in range(6)]
+    assert 0.0 in floors and all(0 <= floor <= 1 for floor in floors)

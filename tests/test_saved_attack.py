@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import paperlib
-from paperlib import saved_attack
+from paperlib import memory, saved_attack
 from paperlib.lift import Lift
 
 PUBLISHED = {"solver": "published", "learning_rate": 10.0, "max_steps": 1500, "restarts": 2}
@@ -157,6 +157,30 @@ def test_what_went_on_in_float32_does_not_fall_back_to_bfloat16(
     later = descents[names.index("finish") + 1 :]
     assert "interrupted" in [stage["ended"] for stage in later]
     assert {stage["dtype"] for stage in later} == {"float32"}
+
+
+def test_where_float32_does_not_fit_any_more_a_stopped_attack_goes_on_in_bfloat16(
+    faint_pair, monkeypatch, tmp_path, at_once
+):
+    model, X, theta = faint_pair(0)
+    options = {"start": "subspace", "bulk": "bfloat16", "restarts": 1, "resume": tmp_path}
+
+    def kill_in_float32(stage, loss, candidates):
+        if not model.holds(torch.bfloat16):
+            raise Killed
+
+    with pytest.raises(Killed):
+        paperlib.reconstruct(model, theta, 8, callback=kill_in_float32, **options)
+    check = memory.check_memory
+
+    def full(model, candidates, outputs, formats, **rest):
+        if formats.bulk == torch.float32:
+            raise MemoryError("full")
+        return check(model, candidates, outputs, formats, **rest)
+
+    monkeypatch.setattr(memory, "check_memory", full)
+    found = paperlib.reconstruct(model, theta, 8, **options)
+    assert found.loss < 1e-3 and model.holds(torch.bfloat16)
 
 
 def test_an_attack_that_has_ended_returns_its_result(tmp_path):

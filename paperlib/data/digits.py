@@ -10,6 +10,8 @@ import torch
 from paperlib.data.dataset import DataSet
 from paperlib.data.selection import ClassPool, Item, build, class_name, group_classes
 
+PIXELS = 64
+
 EVEN_AGAINST_ODD = ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
 
 

@@ -16,6 +16,7 @@ from paperlib.identifiability import (
     independent_rows,
     jacobian_spectrum,
     least_parameters,
+    unknowns,
 )
 from paperlib.losses import loss_named
 from paperlib.networks import TwoLayer
@@ -116,14 +117,6 @@ def attack_classifier(
         max_steps=max_steps,
         tolerance=tolerance,
     )
-
-
-def unknowns(n: int, d: int, rows: int) -> int:
-    """Numbers to find: n (d - 1) for directions, and n coefficients for each independent row.
-
-    As `identifiability.unknowns`, and with no row where no neuron is active, so that theta is zero.
-    """
-    return n * (d - 1 + rows)
 
 
 def run_classification_cell(

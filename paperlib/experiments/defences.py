@@ -12,6 +12,7 @@ from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named, check_positive, check_range
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
+from paperlib.data.digits import PIXELS
 from paperlib.feature_map import FeatureMap
 from paperlib.given_features import GivenFeatures
 from paperlib.identifiability import coefficients, parameter_jacobian
@@ -39,7 +40,6 @@ DEFENCES = {
     "private": "epsilon, at delta = 1e-5",
 }
 
-PIXELS = 64  # of a digit
 
 FORMATS = {16.0: "float16", 8.0: "int8", 4.0: "int4", 1.0: "sign"}
 
@@ -334,3 +334,5 @@ def check_defence_cell(
             raise ValueError(f"strength of {defence} must be a whole number, got {strength}")
     elif defence != "none":
         check_positive(f"strength of {defence}", strength)
+    models = round(strength) if defence == "model average" else 1
+    digits(n * models + test, labels=labels, seed=seed)  # whether there are as many

@@ -19,7 +19,7 @@ from paperlib.progress import Progress
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.sample_count import descend
-from paperlib.second_order import LIFT_SHARE
+from paperlib.second_order import LIFT_SHARE, candidates_of
 from paperlib.signs import settle_signs
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
@@ -33,6 +33,8 @@ METHODS = (
     "one round of messages",
     "default",
 )
+# Those that begin at the spectral start, which has d directions at most.
+SPECTRAL = ("spectral start", "subspace search", "one round of messages")
 DATA = ("sphere", "photographs")
 
 
@@ -184,10 +186,13 @@ def check_gap_cell(
         check_named(name, value, known)
     if data == "photographs" and (d < 16 or math.isqrt(d) ** 2 != d):
         raise ValueError(f"d must be the square of a side of at least 4 pixels, got {d}")
-    if method == "subspace search":
+    if method in SPECTRAL:
         if not activation_named(activation).hermite_coefficients(2)[2]:
-            raise ValueError(f"subspace search needs a second moment, which {activation} has not")
-        # The search needs the linear part lifted, with 1.4 candidates a sample.
-        least = math.ceil((d + math.ceil(1.4 * n)) / LIFT_SHARE)
+            raise ValueError(f"{method} needs a second moment, which {activation} has not")
+        if n > d:
+            raise ValueError(f"{method} needs n of at most d = {d}, got {n}")
+    if method == "subspace search":
+        # The search needs the linear part lifted.
+        least = math.ceil((d + candidates_of(n, p)) / LIFT_SHARE)
         if p < least:
             raise ValueError(f"subspace search needs p of at least {least}, got {p}")

@@ -18,6 +18,7 @@ from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.data import DataSet, digits
+from paperlib.data.digits import PIXELS
 from paperlib.feature_map import FeatureMap
 from paperlib.first_layer_attack import LADDER, first_layer_attack
 from paperlib.gradient_features import GradientFeatures
@@ -29,8 +30,6 @@ from paperlib.projection import projection_loss
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.training import train
-
-PIXELS = 64  # of a digit
 
 ARENAS = ("linearised", "descent", "margin")
 

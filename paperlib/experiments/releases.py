@@ -19,6 +19,7 @@ from paperlib.releases import (
     gradient_descent_checkpoints,
     release_spectrum,
 )
+from paperlib.second_order import candidates_of
 from paperlib.streams import stream
 
 KINDS = ("labels", "unknown start", "ridge", "checkpoints")
@@ -159,8 +160,9 @@ def check_release_cell(
     p = round(p_over_dn * d * n)
     if p < n:
         raise ValueError(f"p must be at least n = {n}, got {p}")
-    if lift and p < d:
-        raise ValueError(f"lift=True needs p of at least d = {d}, got {p}")
+    spent = d + candidates_of(n, p)
+    if lift and p <= spent:
+        raise ValueError(f"lift=True needs p above d and the candidates, {spent}, got {p}")
     if kind == "unknown start" and releases < 2:
         raise ValueError("without theta_0 at least 2 releases are needed, got 1")
     for name, value, known in (

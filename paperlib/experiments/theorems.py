@@ -194,7 +194,8 @@ def run_floor_cell(
     data = sphere(n, d, seed=seed, dtype=torch.float64)
     p = round(p_over_dn * d * n)
     model = RandomFeatures(d, p, activation, seed=seed, dtype=torch.float64)
-    norms = model.features(data.X).norm(dim=1) / math.sqrt(p)
+    # A sample at which no feature is active is in every span.
+    norms = model.features(data.X).norm(dim=1).clamp(min=1e-300) / math.sqrt(p)
     floors = [
         floor_without_own_candidate(model, data.X, i) / float(norms[i]) for i in range(min(n, 3))
     ]
