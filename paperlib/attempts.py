@@ -55,6 +55,7 @@ class Attempts(Stages):
     Attributes:
         candidates: n^, how many a search begins with.
         eliminated: losses of the elimination in the attempt under way.
+        sharpened: whether the bulk stage went on in float32.
     """
 
     def __init__(self, *problem: Any, candidates: int, **options: Any):
@@ -63,6 +64,7 @@ class Attempts(Stages):
         self.candidates = candidates
         self.passing: MessagePassing | None = None
         self.eliminated: list[float] = []
+        self.sharpened = False
 
     def _start(self, kept: Tensor | None) -> Tensor:
         """Random candidates, (n^, d), after those that are kept."""
@@ -127,8 +129,12 @@ class Attempts(Stages):
         return self._concluded(self._sharpened(point, restart), restart)
 
     def _trial_rule(self) -> dict[str, float]:
-        """When a finish gives up: soon, where the bulk stage can be had in a finer format."""
-        return IMPATIENT if self.bulk == torch.bfloat16 else {}
+        """When a finish gives up: soon, where bfloat16 may have left samples missing.
+
+        What is near the samples halves the loss in every step. For what is not there are rounds in
+        float32, and after them a start from the residual.
+        """
+        return IMPATIENT if self.bulk == torch.bfloat16 or self.sharpened else {}
 
     def _sharpened(self, point: Linearization, restart: int) -> Linearization:
         """The outcome of more rounds in float32, if those in bfloat16 left samples missing.
@@ -140,9 +146,7 @@ class Attempts(Stages):
         if not self._sharpen():
             return self._descend_unlifted(point.X, restart)
         best = self._rounds(restart, point.X)
-        # Rounds that gained nothing more end where a long descent would gain nothing either.
-        rule = {} if best.loss <= SETTLED[self.bulk] else IMPATIENT
-        return self._finish(best.X, restart, brief=best.loss > PROMISING, **rule)
+        return self._finish(best.X, restart, brief=best.loss > PROMISING, **self._trial_rule())
 
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""

@@ -17,15 +17,15 @@ def _same_numbers_every_time():
 
 @pytest.fixture
 def faint_pair():
-    """Seed -> model, X, theta; two of eight samples with 4% of the weight.
+    """Seed -> model, X, theta; two of eight samples with 4% of the weight, or as asked for.
 
     What they leave in the loss is as small as the rounding of bfloat16.
     """
 
-    def problem(seed):
+    def problem(seed, weights=(0.02, -0.02)):
         model = paperlib.RandomFeatures(60, 6 * 60 * 8, seed=seed)
         X = paperlib.sphere(8, 60, seed).X
-        alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, 0.02, -0.02]])
+        alpha = torch.tensor([[0.44, -0.58, 0.3, 0.6, 0.5, -0.4, *weights]])
         return model, X, alpha @ model.features(X)
 
     return problem

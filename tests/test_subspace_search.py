@@ -268,6 +268,18 @@ def test_what_bfloat16_cannot_see_is_searched_in_float32(faint_pair, monkeypatch
     assert not model.holds(torch.bfloat16)  # its copy of V made room
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_sample_missed_by_all_rounds_is_soon_sought_in_the_residual(faint_pair, seed):
+    """A descent without it would go on for twenty steps in each stage."""
+    model, X, theta = faint_pair(seed, weights=(0.3, 6e-5))
+    options = {"start": "subspace", "restarts": 1, "seed": seed, "progress": False}
+    found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
+    assert found.explained and compare(X, found.samples).signed.max() < 0.2
+    assert "float32" in {stage["dtype"] for stage in found.stages if stage["stage"] == "lift"}
+    steps = [step["stage"] for step in found.history]
+    assert steps.count("refine") + steps.count("finish") < 45
+
+
 def test_where_float32_does_not_fit_the_finish_goes_on(faint_pair, monkeypatch):
     model, _, theta = faint_pair(0)
     calls = []
