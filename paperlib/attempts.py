@@ -172,8 +172,8 @@ class Attempts(Stages):
         best: Linearization | None = None
         since = 0
         if fallback is not None:
-            best = self._evaluate(fallback["X"].to(self.theta), lifted=True, exact=False)
-            best.forget_curvature()
+            X_best = fallback["X"].to(self.theta)
+            best = self._evaluate(X_best, lifted=True, exact=False, curvature=False)
             since = fallback["since"]
             self.fallback = best, since
         for _ in range(MOST_ROUNDS):
@@ -267,6 +267,6 @@ class Attempts(Stages):
         if rule:
             point = self._sharpened(point, restart)
         if trial is not None and trial["loss"] < point.loss:
-            point = self._evaluate(trial["X"].to(self.theta), lifted=False, exact=True)
-            point.forget_curvature()
+            X = trial["X"].to(self.theta)
+            point = self._evaluate(X, lifted=False, exact=True, curvature=False)
         return self._concluded(point, restart, math.inf if trial is None else trial["loss"])

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from paperlib.grid import plain, to_json
-from paperlib.replace_file import replace_file
+from paperlib.replace_file import replace_files
 from paperlib.results import machine
 
 # Matplotlib and its company load where they draw: workers of a sweep start without them.
@@ -332,12 +331,7 @@ def save_figure(
         drawn = io.BytesIO()
         figure.savefig(drawn, format=kind, **options, **look)
         contents[kind] = drawn.getvalue()
-    # On the folder's own disk, so that renaming alone is left once all are there.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as complete:
-        for kind, path in paths.items():
-            replace_file(Path(complete, path.name), contents[kind])
-        for path in paths.values():
-            os.replace(Path(complete, path.name), path)
+    replace_files(folder, {path.name: contents[kind] for kind, path in paths.items()})
     return paths
 
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.feature_map import FeatureBlock, FeatureMap
-from paperlib.levenberg_marquardt import levenberg_marquardt
-from paperlib.precision import FLOOR
-from paperlib.projection import Linearization
+from paperlib.progress import Progress
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction, conclude
+from paperlib.sample_count import descend
 from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
 from paperlib.stages import stage_record
@@ -192,12 +191,14 @@ def _lifted(
     lifted = WithoutKnown(rest.inner, rest.known, lift=True)
     record = reconstruct(lifted, lifted.off(theta), n, **options)
     begun, tolerance = time.perf_counter(), before.options["tolerance"]
-    finish = levenberg_marquardt(
-        lambda X: Linearization(rest, left, X, curvature=True),
+    finish = descend(
+        rest,
+        left,
         settle_signs(rest, left, record.samples),
+        None,
         target=tolerance,
         max_steps=before.options["max_steps"],
-        floor=max(tolerance, FLOOR[rest.dtype]),
+        watch=Progress(False),
     )
     seconds = time.perf_counter() - begun
     found, loss = before, finish.point.loss

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -23,3 +24,25 @@ def replace_file(path: Path, content: bytes) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def replace_files(
+    folder: Path, contents: Mapping[str, bytes], *, before: Callable[[], object] | None = None
+) -> None:
+    """Replace files of a folder together: nothing but renaming is left once all are written.
+
+    Args:
+        folder: where they are to be; they are written on its own disk.
+        contents: by name.
+        before: called between the two.
+
+    Raises:
+        OSError: as `replace_file`; the old files stay.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".complete-") as complete:
+        for name, content in contents.items():
+            replace_file(Path(complete, name), content)
+        if before is not None:
+            before()
+        for name in contents:
+            os.replace(Path(complete, name), folder / name)

@@ -23,7 +23,7 @@ import nbformat
 from paperlib.notebook_job import Job, file_hash, library_versions
 from paperlib.notebook_pictures import describe_pictures
 from paperlib.notebook_source import check_values, normalised
-from paperlib.replace_file import replace_file
+from paperlib.replace_file import replace_file, replace_files
 
 PROFILES = ("quick", "laptop", "paper")
 
@@ -145,14 +145,12 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             "executed": file_hash(partial),
             "key": key,
         }
-        # On the disk of the figures, so that renaming alone is left once all are there.
-        with tempfile.TemporaryDirectory(dir=job.figures, prefix=".drawn-") as complete:
-            for name in figures:
-                replace_file(Path(complete, name), (drawn / name).read_bytes())
-            # Killed from here on, there is no record and the notebook runs again.
-            job.record.unlink(missing_ok=True)
-            for name in figures:
-                os.replace(Path(complete, name), job.figures / name)
+        # Killed once the first is replaced, there is no record and the notebook runs again.
+        replace_files(
+            job.figures,
+            {name: (drawn / name).read_bytes() for name in figures},
+            before=lambda: job.record.unlink(missing_ok=True),
+        )
         replace_file(job.executed, partial.read_bytes())
         replace_file(job.record, (json.dumps(record, indent=1, default=str) + "\n").encode())
         failed.unlink(missing_ok=True)

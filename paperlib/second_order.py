@@ -146,8 +146,9 @@ class SecondOrderSolver(Attempts):
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
         )
         # Whether the bulk stage went on in float32: first in the attack that is taken up again.
-        self.sharpened = bool(saved and saved.state and saved.state["sharpened"])
-        self.sharpened = self.sharpened and self._settle_for(single_formats(model))
+        state = self.saved.state
+        went_on = state is not None and state["sharpened"]
+        self.sharpened = went_on and self._settle_for(single_formats(model))
         if not self.sharpened:
             self.keep = self._allot(formats)
         self.lift = self._make_lift() if lifted else None

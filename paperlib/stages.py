@@ -213,7 +213,9 @@ class Stages:
         self._log(log(run.status, run.point.loss, run.passes))
         return run.point
 
-    def _evaluate(self, X: Tensor, *, lifted: bool, exact: bool) -> Linearization:
+    def _evaluate(
+        self, X: Tensor, *, lifted: bool, exact: bool, curvature: bool = True
+    ) -> Linearization:
         """The Gauss-Newton model at candidates, of the lifted loss or not, in bulk or exact."""
         lift = self.lift if lifted else None
         return Linearization(
@@ -223,7 +225,7 @@ class Stages:
             lift=lift,
             dtype=self.model.dtype if exact else self.bulk,
             curvature_dtype=self.products,
-            curvature=True,
+            curvature=curvature,
             keep=self.keep,
         )
 

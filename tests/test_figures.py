@@ -207,7 +207,7 @@ def test_a_failed_save_leaves_the_old_figure_alone(tmp_path, monkeypatch):
         path.write_bytes(content)
 
     monkeypatch.undo()
-    monkeypatch.setattr("paperlib.figures.replace_file", fail_at_the_csv)
+    monkeypatch.setattr("paperlib.replace_file.replace_file", fail_at_the_csv)
     with pytest.raises(OSError, match="disk full"):
         save_figure(figure, "f", data=data, caption="new", folder=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
