@@ -58,12 +58,9 @@ from paperlib.protections import protections
 from paperlib.compare import Comparison, compare, random_baseline
 
 # The law itself: what the parameters determine.
-from paperlib.identifiability import (
-    jacobian_spectrum,
-    least_parameters,
-    parameter_jacobian,
-    walk_explanations,
-)
+from paperlib.identifiability import jacobian_spectrum, parameter_jacobian
+from paperlib.law import least_parameters
+from paperlib.walk import walk_explanations
 
 # Figures and notebooks.
 from paperlib.figures import (

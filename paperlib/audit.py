@@ -26,13 +26,13 @@ from paperlib.checkpoints import check_states_fit, load_state_dict
 from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.elimination import removal_costs
-from paperlib.identifiability import independent_rows
 from paperlib.last_layer import (
     InputsOfAnyNorm,
     LastLayerInput,
     check_last_layer,
     is_homogeneous,
 )
+from paperlib.law import independent_rows, most_readable, parameters_told
 from paperlib.module_features import ModuleFeatures
 from paperlib.projection import Linearization, projection_loss
 from paperlib.reconstruct import reconstruct
@@ -206,8 +206,8 @@ def audit(
         device: where to compute, the CPU if None.
         dtype: float32 (if None) or float64.
         progress: as in `reconstruct`.
-        resume: a folder in which both attacks are kept, to go on if they are stopped; as in
-            `reconstruct`. An estimate of n begins anew.
+        resume: a folder in which the estimate of n and both attacks are kept, to go on if they
+            are stopped; as in `reconstruct`.
 
     Returns:
         An `Audit`; print it.
@@ -259,7 +259,7 @@ def audit(
         "independent": rank,
         "d": d,
         "d_searched": inputs.d,
-        "readable": most_readable(features.p, inputs.d, rank),
+        "readable": most_readable(parameters_told(theta), inputs.d, rank),
         "moved": _moved(states, [f"{last_layer}.weight"]),
         "body_moved": _moved(
             states,
@@ -283,7 +283,7 @@ def audit(
     count = None
     if n is None and known["body_moved"] == 0 and known["readable"]:
         most = min(known["readable"], MOST) if most is None else check_count("most", most)
-        options = search | {"tolerance": max(COUNTED, tolerance or 0)}
+        options = search | {"tolerance": max(COUNTED, tolerance or 0), "resume": resume}
         count = estimate_sample_count(features, theta, most=most, **options)
         n = count.n
     found = _attack(features, theta, n, known["readable"], search | {"resume": resume})
@@ -297,15 +297,6 @@ def audit(
         count=count,
         options=search | {"radius": radius, "input_shape": list(shape)},
     )
-
-
-def most_readable(p: int, d: int, outputs: int) -> int:
-    """The most samples n that C outputs of p features determine: the law, solved for n.
-
-    T = min(C, n) vectors count, T p >= n (d - 1) + n T; see `least_parameters`.
-    """
-    most = outputs * p // (d - 1 + outputs)
-    return most if most >= outputs else max(0, min(outputs, p - d + 1))
 
 
 def _attack(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paperlib.identifiability import least_parameters
+from paperlib.law import least_parameters
 
 if TYPE_CHECKING:
     from paperlib.audit import Audit

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from paperlib.checks import check_count, check_positive, check_theta
 from paperlib.gradient_features import GradientFeatures, SmoothReLU
+from paperlib.law import parameters_told
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
@@ -171,7 +172,7 @@ def first_layer_attack(
                 }
             )
             passes += run.passes
-    identifiable = features.p > problem.n * features.d
+    identifiable = parameters_told(problem.theta) > problem.n * features.d
     return Reconstruction(
         samples=point.X,
         loss=point.loss,

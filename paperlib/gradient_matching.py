@@ -22,6 +22,7 @@ from torch import Tensor
 
 from paperlib.checks import check_count, check_positive, check_theta
 from paperlib.gradient_features import GradientFeatures, SmoothReLU
+from paperlib.law import parameters_told
 from paperlib.progress import Progress
 from paperlib.record import Reconstruction, conclude
 from paperlib.sphere import to_sphere
@@ -215,12 +216,12 @@ def check_problem(features: GradientFeatures, theta: Tensor, **settings) -> tupl
     return theta, settings
 
 
-def record_of(features, n, found, options, settings, seconds) -> MatchedGradients:
+def record_of(features, theta, n, found, options, settings, seconds) -> MatchedGradients:
     """The record of the best start by loss."""
     k = min(range(len(found)), key=lambda i: found[i].loss)
     best, steps = found[k], settings.steps
     C = features.outputs
-    identifiable = features.p > n * (features.d - 1 + C)
+    identifiable = parameters_told(theta) > n * (features.d - 1 + C)
     return MatchedGradients(
         samples=best.X,
         loss=best.loss,

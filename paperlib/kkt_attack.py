@@ -153,7 +153,7 @@ def kkt_attack(
         "seed": seed,
         "tolerance": tolerance,
     }
-    return record_of(features, n, found, options, settings, time.perf_counter() - begun)
+    return record_of(features, theta, n, found, options, settings, time.perf_counter() - begun)
 
 
 def candidate_labels(labels: Tensor | None, m: int, outputs: int) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.lift import room_for_lift
 from paperlib.progress import Progress
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction, conclude
 from paperlib.sample_count import descend
-from paperlib.second_order import LIFT_SHARE
 from paperlib.signs import settle_signs
 from paperlib.stages import stage_record
 
@@ -170,7 +170,7 @@ def reconstruct_unknown(
         )
     record = reconstruct(rest, left, n, **options)
     second_order = options.get("solver", "levenberg-marquardt") == "levenberg-marquardt"
-    room = model.d + len(known) + n <= LIFT_SHARE * model.p
+    room = room_for_lift(model.p, model.d, len(known) + n)
     if not record.explained and second_order and model.linear_coefficient and room:
         record = _lifted(rest, theta, left, n, record, options)
     return record

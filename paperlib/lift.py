@@ -19,6 +19,19 @@ from paperlib.weight_gram import WeightGram
 
 REFINEMENTS = 6
 
+# By default the lift is used while at least this share of the p equations is left beside it.
+LIFT_SHARE = 0.5
+
+
+def spent_by_lift(d: int, candidates: int) -> int:
+    """Equations of p that are projected off: the columns of V, and the candidates' features."""
+    return d + candidates
+
+
+def room_for_lift(p: int, d: int, candidates: int) -> bool:
+    """Whether enough of the p equations are left to lift by default."""
+    return spent_by_lift(d, candidates) <= (1 - LIFT_SHARE) * p
+
 
 class Lift:
     """The projection off the columns of V.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paperlib.checks import check_count, check_positive, check_range, check_theta
 from paperlib.feature_map import FeatureMap
-from paperlib.identifiability import determines
+from paperlib.law import determines
 from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
@@ -166,10 +166,11 @@ def second_order_options(
             where all starts are made by message passing, and 5 otherwise.
         start: "random" starts from random candidates; "subspace" by searches in the few
             directions that stand out (see `subspace_search.py`) and "messages" by message passing
-            (see `message_passing.py`), which both need random features and an activation with a
-            second moment. "auto", where they apply: by message passing for p between 1 and 2.5
-            d n; above, the first start is by searches if those are smaller problems than the whole
-            one (n well below d), and every second one by message passing.
+            (see `message_passing.py`, and for what follows below 2.5 d n, `exchange.py`), which
+            both need random features and an activation with a second moment. "auto", where they
+            apply: by message passing for p between 1 and 2.5 d n; above, the first start is by
+            searches if those are smaller problems than the whole one (n well below d), and every
+            second one by message passing.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.

@@ -12,7 +12,9 @@ and with it any number of wrong signs, at no loss at all.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +23,14 @@ from paperlib.checks import check_count, check_theta
 from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
-from paperlib.lift import Lift
+from paperlib.lift import Lift, room_for_lift
 from paperlib.precision import FLOOR
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.reseed import reseed_least_useful
-from paperlib.second_order import LIFT_SHARE
+from paperlib.results import machine
+from paperlib.saved_attack import SavedAttack, fingerprint
 from paperlib.signs import settle_signs
 from paperlib.stages import PROMISING, RESEED_GAIN
 from paperlib.streams import stream
@@ -81,6 +84,7 @@ def estimate_sample_count(
     max_steps: int = 200,
     refine_steps: int = 40,
     progress: bool | None = None,
+    resume: str | os.PathLike | None = None,
 ) -> SampleCount:
     """Estimate the number of training samples by backward elimination with refinement.
 
@@ -96,12 +100,15 @@ def estimate_sample_count(
         max_steps: most steps in one stage of that reconstruction.
         refine_steps: most steps after each removal.
         progress: as in `reconstruct`.
+        resume: a folder in which the reconstruction and every number of candidates that is done
+            are kept, as in `reconstruct`.
 
     Returns:
         A `SampleCount`.
 
     Raises:
         ValueError: for most < 1, p < most, or theta that `reconstruct` refuses.
+        OSError: if the folder of `resume` cannot be written.
     """
     theta = check_theta(theta, model)
     most = check_count("most", most)
@@ -117,11 +124,22 @@ def estimate_sample_count(
         restarts=restarts,
         max_steps=max_steps,
         progress=progress,
+        resume=resume,
     )
-    room = model.d + most <= LIFT_SHARE * model.p
+    saved = SavedAttack()
+    if resume is not None:
+        name = fingerprint(
+            theta,
+            task="sample count",
+            refine_steps=refine_steps,
+            **record.options,
+            version=machine()["libraries"].get("paperlib"),
+        )
+        saved = SavedAttack(resume, name, group=model.group)
+    room = room_for_lift(model.p, model.d, most)
     lift = Lift(model, theta, dtype=model.dtype) if model.linear_coefficient and room else None
     with Progress(progress) as watch:
-        kept, ended = remove_one_by_one(
+        kept = remove_one_by_one(
             model,
             theta,
             record.samples,
@@ -130,13 +148,15 @@ def estimate_sample_count(
             max_steps=refine_steps,
             generator=stream("candidates", seed, index=1),
             watch=watch,
+            saved=saved,
         )
-        losses = [1.0] + [kept[k].loss for k in range(1, most + 1)]
+        losses = [1.0] + [step["loss"] for step in reversed(kept)]
         for k in range(1, most + 1):
             losses[k] = min(losses[k], losses[k - 1])
         n, jump = fewest_that_explain(losses, tolerance)
         watch.stage("finish")
-        X = settle_signs(model, theta, kept[n].X) if lift is not None else kept[n].X
+        X = kept[most - n]["X"].to(theta)
+        X = settle_signs(model, theta, X) if lift is not None else X
         finish = descend(model, theta, X, None, target=tolerance, max_steps=max_steps, watch=watch)
     return SampleCount(
         n=n,
@@ -146,7 +166,7 @@ def estimate_sample_count(
         samples=finish.point.X,
         loss=finish.point.loss,
         tolerance=tolerance,
-        ended=ended,
+        ended=[step["ended"] for step in kept],
     )
 
 
@@ -177,8 +197,9 @@ def remove_one_by_one(
     max_steps: int,
     generator: torch.Generator,
     watch: Progress,
-) -> tuple[dict[int, Linearization], list[str]]:
-    """The refined candidates for every number kept, from len(X) down to 1.
+    saved: SavedAttack,
+) -> list[dict[str, Any]]:
+    """The refined candidates X for every number kept, from len(X) down to 1, `loss` and `ended`.
 
     Args:
         model: the feature map.
@@ -189,6 +210,7 @@ def remove_one_by_one(
         max_steps: most steps of one descent.
         generator: source of the new starts of candidates that are missed least.
         watch: progress.
+        saved: what is done is kept there, and not done again.
     """
 
     def refine(X: Tensor) -> Descent:
@@ -204,11 +226,16 @@ def remove_one_by_one(
         trial = descend(model, theta, settled, lift, **options)
         return trial if trial.point.loss < run.point.loss else run
 
-    kept: dict[int, Linearization] = {}
-    ended = []
-    for k in range(len(X), 0, -1):
-        if k < len(X):
-            X = kept[k + 1].X[eliminate(kept[k + 1], k).kept]
+    kept: list[dict[str, Any]] = []
+    point: Linearization | None = None
+    if saved.state is not None:
+        kept = saved.state["kept"]
+        generator.set_state(saved.state["generator"])
+        last = kept[-1]["X"].to(theta)
+        point = Linearization(model, theta if lift is None else lift.theta, last, lift=lift)
+    for k in range(len(X) - len(kept), 0, -1):
+        if point is not None:
+            X = point.X[eliminate(point, k).kept]
         watch.stage(f"{k} candidates")
         run = refine(X)
         # A sample with a tiny |alpha| is easily overlooked, and stands out in the residual alone.
@@ -217,9 +244,10 @@ def remove_one_by_one(
             if trial.point.loss > RESEED_GAIN * run.point.loss:
                 break
             run = trial
-        kept[k] = run.point
-        ended.append(run.status)
-    return kept, ended
+        point = run.point
+        kept.append({"X": point.X, "loss": point.loss, "ended": run.status})
+        saved.keep({"kept": kept, "generator": generator.get_state()})
+    return kept
 
 
 def descend(

@@ -11,7 +11,8 @@ stand out, in turn with short descents of n candidates in all d (see `subspace_s
 
 Restarts repeat this from new random candidates until the loss is explained; the best by loss is
 returned. Where p is near d n, most starts end in local minima; there a start is made by message
-passing (see `message_passing.py`) in place of stages 1 and 2.
+passing (see `message_passing.py`) in place of stages 1 and 2, and candidates are exchanged where
+it ends with some samples mixed (see `exchange.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from paperlib.attempts import Attempt, Attempts
 from paperlib.feature_map import FeatureMap
-from paperlib.identifiability import numbers_per_unknown
-from paperlib.lift import Lift
+from paperlib.law import numbers_per_unknown
+from paperlib.lift import Lift, room_for_lift, spent_by_lift
 from paperlib.memory import allot
 from paperlib.message_passing import message_bytes
 from paperlib.precision import Formats, bulk_formats, single_formats
@@ -40,9 +41,6 @@ from paperlib.subspace_search import search_bytes, search_pays
 
 # Candidates for each sample, by default.
 OVERSAMPLING = 1.4
-
-# The lift spends d + n^ of the p equations; it is used while most of them are left.
-LIFT_SHARE = 0.5
 
 # Two candidates are the same sample above this |cosine|, and two restarts agree when this share of
 # their candidates is the same.
@@ -126,6 +124,7 @@ class SecondOrderSolver(Attempts):
         self.messages = possible and start in ("auto", "messages")
         self.messages = self.messages and (self.ratio > 1 or start == "messages")
         self.always_messages = start == "messages" or (self.messages and self.ratio < NEAR)
+        self.exchanges = self.always_messages
         if restarts is None:
             restarts = RESTARTS_NEAR if self.always_messages else RESTARTS
         self.restarts = restarts
@@ -185,14 +184,13 @@ class SecondOrderSolver(Attempts):
         """Whether the linear part is lifted: as wanted, or where there is one and room."""
         model = self.model
         liftable = model.has_weights and model.linear_coefficient != 0
-        spent = model.d + self.candidates
         if wanted is None:
-            room = spent <= LIFT_SHARE * model.p
-            return liftable and room
+            return liftable and room_for_lift(model.p, model.d, self.candidates)
         if wanted and not liftable:
             raise ValueError(
                 "lift=True needs a model with weights V and an activation with a linear part"
             )
+        spent = spent_by_lift(model.d, self.candidates)
         if wanted and spent >= model.p:
             raise ValueError(
                 f"lift=True spends d + {self.candidates} candidates = {spent} of the p equations: "

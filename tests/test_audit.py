@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paperlib import least_parameters, projection_loss, to_sphere
-from paperlib.audit import audit, close_rows, most_readable, stretch
+from paperlib.audit import audit, close_rows, stretch
 from paperlib.checkpoints import check_states_fit, load_state_dict
 from paperlib.experiments.audit import (
     CASES,
@@ -25,6 +25,7 @@ from paperlib.last_layer import (
     check_last_layer,
     is_homogeneous,
 )
+from paperlib.law import most_readable
 from paperlib.module_features import Tangents
 from paperlib.protections import protections
 from paperlib.reconstruct import SOLVERS

@@ -14,13 +14,12 @@ from paperlib.experiments.identifiability import (
 from paperlib.identifiability import (
     coefficients,
     jacobian_spectrum,
-    least_parameters,
     parameter_jacobian,
     tangent_bases,
-    unknowns,
-    walk_explanations,
 )
+from paperlib.law import determines, least_parameters, parameters_told, unknowns
 from paperlib.sphere import to_sphere
+from paperlib.walk import walk_explanations
 
 DOUBLE = torch.float64
 
@@ -83,6 +82,21 @@ def test_dead_features_of_the_relu_do_not_count():
     assert cells[1]["dead"] > 0
     for cell in cells:
         assert cell["rank"] == min(cell["equations"] - cell["dead"], 24)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_relus_that_are_off_at_all_samples_are_no_equations(n):
+    model, X, theta, alpha = problem(n, 8, 200, "relu")
+    spectrum = jacobian_spectrum(model, X, alpha)
+    assert parameters_told(theta) == spectrum.rows - spectrum.dead_rows < 200
+    assert parameters_told(problem(n, 8, 200, "gelu")[2]) == 200
+
+
+def test_what_is_determined_follows_the_features_that_are_on():
+    model, X, theta, _ = problem(1, 20, 36, "relu")
+    assert 15 < parameters_told(theta) <= 20 < 36 and not determines(model, theta, 1)
+    model, X, theta, _ = problem(1, 20, 60, "relu")
+    assert 20 < parameters_told(theta) < 60 and determines(model, theta, 1)
 
 
 def test_unit_columns_make_one_output_blind_to_the_size_of_the_coefficients():

@@ -28,8 +28,8 @@ from paperlib.experiments.knowledge import (
     run_unlearning_cell,
     weakened,
 )
-from paperlib.identifiability import numbers_per_unknown
 from paperlib.known_samples import WithoutKnown
+from paperlib.law import numbers_per_unknown
 
 DOUBLE = torch.float64
 N, D, P, M = 3, 6, 40, 2

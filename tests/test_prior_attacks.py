@@ -97,6 +97,17 @@ def test_descent_lowers_the_loss_stays_on_the_sphere_and_repeats():
     assert runs[0].passes == 120 and "not explained" in runs[0].status
 
 
+def test_neurons_that_are_off_at_all_samples_are_no_equations():
+    _, features, X, theta = problem(n=1)
+    told = int((theta != 0).sum())
+    guess = (told + features.p) // 2 // D
+    assert told < guess * D < features.p
+    for attack in (ntk_attack, kkt_attack):
+        options = {"steps": 1, "restarts": 1, "progress": False}
+        assert not attack(features, theta, guess, **options).identifiable
+        assert attack(features, theta, told // D - 1, **options).identifiable
+
+
 # Margin
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from paperlib import RandomFeatures, compare, fit_min_norm, projection_loss, sphere
+from paperlib import (
+    RandomFeatures,
+    compare,
+    fit_min_norm,
+    projection_loss,
+    sample_count,
+    sphere,
+)
 from paperlib.experiments.sample_count import (
     check_guess_cell,
     describe_candidates,
@@ -93,3 +100,35 @@ def test_cells():
     assert run_estimate_cell(3, 5, d=16, p_over_dn=8.0)["right"]
     with pytest.raises(ValueError, match="p must be at least"):
         check_guess_cell(2, 200, 10, 5.0, "relu", 0, 10)
+
+
+def test_an_estimate_that_is_stopped_goes_on(trained, tmp_path, monkeypatch):
+    data, model, theta = trained
+    whole = estimate_sample_count(model, theta, most=6, progress=False)
+    real, numbers = sample_count.descend, []
+
+    def descend(*arguments, **options):
+        numbers.append(len(arguments[2]))
+        if numbers[-1] == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_count, "descend", descend)
+        with pytest.raises(KeyboardInterrupt):
+            estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+        assert numbers[0] == 6
+        numbers.clear()
+        with pytest.raises(KeyboardInterrupt):
+            estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+        assert numbers == [3]  # those with 6, 5 and 4 candidates were done
+    on = estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+    assert on.n == whole.n and on.ended == whole.ended
+    assert on.losses == pytest.approx(whole.losses, rel=1e-3, abs=1e-10)
+    assert compare(data.X, on.samples).recovered() == 4
+    # Another tolerance is another estimate.
+    monkeypatch.setattr(sample_count, "descend", descend)
+    with pytest.raises(KeyboardInterrupt):
+        numbers.clear()
+        estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False, tolerance=1e-9)
+    assert numbers[0] == 6

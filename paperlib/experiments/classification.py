@@ -11,13 +11,8 @@ from paperlib.data.cifar10 import CLASSES as CIFAR10_CLASSES
 from paperlib.data.photographs import SOURCES as PHOTOGRAPHS
 from paperlib.experiments.device_name import check_device_name
 from paperlib.experiments.network import Attacked, attack_network, width_for
-from paperlib.identifiability import (
-    coefficients,
-    independent_rows,
-    jacobian_spectrum,
-    least_parameters,
-    unknowns,
-)
+from paperlib.identifiability import coefficients, jacobian_spectrum
+from paperlib.law import independent_rows, least_parameters, unknowns
 from paperlib.losses import loss_named
 from paperlib.networks import TwoLayer
 from paperlib.releases import combine_releases

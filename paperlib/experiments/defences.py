@@ -108,7 +108,7 @@ def defend_and_attack(
         max_steps: most steps of one stage of one start.
         tolerance: projection loss that counts as zero.
     """
-    models = round(strength) if defence == "model average" else 1
+    models = models_averaged(defence, strength)
     count = n * models
     data = digits(count + test, labels=labels, seed=seed)
     X, Y = data.X[:count], data.y[:count].reshape(count, -1)
@@ -152,6 +152,11 @@ def defend_and_attack(
         record=record,
         errors=compare(X, record.samples),
     )
+
+
+def models_averaged(defence: str, strength: float) -> int:
+    """How many models, of n samples each, are released as one."""
+    return round(strength) if defence == "model average" else 1
 
 
 def count_features(n: int, p_over_dn: float, *, models: int = 1, d: int, outputs: int) -> int:
@@ -334,5 +339,5 @@ def check_defence_cell(
             raise ValueError(f"strength of {defence} must be a whole number, got {strength}")
     elif defence != "none":
         check_positive(f"strength of {defence}", strength)
-    models = round(strength) if defence == "model average" else 1
+    models = models_averaged(defence, strength)
     digits(n * models + test, labels=labels, seed=seed)  # whether there are as many

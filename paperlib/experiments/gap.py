@@ -13,13 +13,14 @@ from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import DataSet, photographs, sphere
+from paperlib.lift import LIFT_SHARE, room_for_lift, spent_by_lift
 from paperlib.message_passing import MessagePassing, whiten
 from paperlib.min_norm import fit_min_norm
 from paperlib.progress import Progress
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.sample_count import descend
-from paperlib.second_order import LIFT_SHARE, candidates_of
+from paperlib.second_order import candidates_of
 from paperlib.signs import settle_signs
 from paperlib.spectral_start import SpectralStart, second_moment_coefficient
 from paperlib.sphere import to_sphere
@@ -193,6 +194,7 @@ def check_gap_cell(
             raise ValueError(f"{method} needs n of at most d = {d}, got {n}")
     if method == "subspace search":
         # The search needs the linear part lifted.
-        least = math.ceil((d + candidates_of(n, p)) / LIFT_SHARE)
-        if p < least:
+        candidates = candidates_of(n, p)
+        least = math.ceil(spent_by_lift(d, candidates) / (1 - LIFT_SHARE))
+        if not room_for_lift(p, d, candidates):
             raise ValueError(f"subspace search needs p of at least {least}, got {p}")

@@ -7,7 +7,8 @@ import torch
 from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named
 from paperlib.data import sphere
-from paperlib.identifiability import jacobian_spectrum, least_parameters
+from paperlib.identifiability import jacobian_spectrum
+from paperlib.law import least_parameters
 from paperlib.random_features import RandomFeatures
 from paperlib.streams import stream
 

@@ -9,7 +9,8 @@ from paperlib.activations import activation_names
 from paperlib.checks import check_count, check_named, check_positive
 from paperlib.compare import compare
 from paperlib.data import sphere
-from paperlib.identifiability import unknowns
+from paperlib.law import unknowns
+from paperlib.lift import spent_by_lift
 from paperlib.min_norm import fit_min_norm
 from paperlib.random_features import RandomFeatures
 from paperlib.reconstruct import reconstruct
@@ -160,7 +161,7 @@ def check_release_cell(
     p = round(p_over_dn * d * n)
     if p < n:
         raise ValueError(f"p must be at least n = {n}, got {p}")
-    spent = d + candidates_of(n, p)
+    spent = spent_by_lift(d, candidates_of(n, p))
     if lift and p <= spent:
         raise ValueError(f"lift=True needs p above d and the candidates, {spent}, got {p}")
     if kind == "unknown start" and releases < 2:

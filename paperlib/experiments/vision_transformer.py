@@ -20,7 +20,8 @@ from paperlib.experiments.network import (
     outputs_of,
     width_for,
 )
-from paperlib.identifiability import coefficients, jacobian_spectrum, unknowns
+from paperlib.identifiability import coefficients, jacobian_spectrum
+from paperlib.law import unknowns
 from paperlib.networks import VisionTransformer
 from paperlib.training import train
 
