@@ -1,7 +1,8 @@
 """An attempt: candidates from nothing, and the stages that make samples of them.
 
 Random candidates, which a descent in all d dimensions and an elimination thin out; rounds of
-searches in the few directions that stand out; or message passing.
+searches in the few directions that stand out; or message passing. After the last, candidates are
+exchanged while that gains.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from paperlib.elimination import eliminate, removal_costs
-from paperlib.identifiability import numbers_per_unknown
+from paperlib.exchange import Exchanges
+from paperlib.law import numbers_per_unknown
 from paperlib.message_passing import MessagePassing
-from paperlib.precision import SETTLED
+from paperlib.precision import FLOOR, SETTLED
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere
 from paperlib.stages import PROMISING, Stages, stage_record
@@ -33,6 +35,12 @@ PATIENCE, MOST_ROUNDS = 3, 25
 
 # A finish after rounds that left samples missing gives up when so many steps do not halve the loss.
 IMPATIENT = {"stall_steps": 4, "stall_ratio": 0.5}
+
+# Candidates are exchanged after an attempt that ends with at most this loss, until so many
+# exchanges in turn have not lowered it by a tenth. The steps after one are judged twice: what has
+# not come near the loss of before in the first few will not fall below it.
+HOPEFUL, TRIES = 1e-2, 24
+SETTLE, GLANCE, NEARLY, FOLLOWED = 10, 20, 1.7, 60
 
 # From so many numbers per unknown of all candidates on, those that explain theta hold all samples.
 TOLD = 1.5
@@ -56,6 +64,7 @@ class Attempts(Stages):
         candidates: n^, how many a search begins with.
         eliminated: losses of the elimination in the attempt under way.
         sharpened: whether the bulk stage went on in float32.
+        exchanges: whether candidates are exchanged after an attempt that fell short.
     """
 
     def __init__(self, *problem: Any, candidates: int, **options: Any):
@@ -65,6 +74,7 @@ class Attempts(Stages):
         self.passing: MessagePassing | None = None
         self.eliminated: list[float] = []
         self.sharpened = False
+        self.exchanges = False
 
     def _start(self, kept: Tensor | None) -> Tensor:
         """Random candidates, (n^, d), after those that are kept."""
@@ -116,7 +126,41 @@ class Attempts(Stages):
     def _concluded(self, point: Linearization, restart: int, previous: float = math.inf) -> Attempt:
         """The outcome, after second chances for a sample that was missed."""
         point = self._reseed(point, restart, previous)
+        if self.exchanges:
+            point = self._exchanged(point, restart)
         return Attempt(point.X, point.loss, restart, self.eliminated)
+
+    def _exchanged(self, point: Linearization, restart: int) -> Linearization:
+        """Exchange one candidate after another (see `exchange.py`), while that lowers the loss."""
+        since, mark = 0, point.loss
+        moves = self._moves(point, restart)
+        while self.tolerance < point.loss <= HOPEFUL and since < TRIES:
+            self.fallback = point, since
+            before = moves.passes
+            X = moves.next()
+            self.passes += moves.passes - before
+            trial = self._descend_exchanged(X, restart, GLANCE)
+            if self.tolerance < trial.loss <= NEARLY * point.loss:
+                trial = self._descend_exchanged(trial.X, restart, FOLLOWED)
+            if trial.loss < point.loss:
+                point = trial
+                moves = self._moves(point, restart)
+            since += 1
+            if point.loss < 0.9 * mark:
+                since, mark = 0, point.loss
+        self.fallback = None
+        return point
+
+    def _moves(self, point: Linearization, restart: int) -> Exchanges:
+        return Exchanges(
+            point,
+            settle=lambda X: self._descend_exchanged(X, restart, SETTLE),
+            generator=self.generator,
+        )
+
+    def _descend_exchanged(self, X: Tensor, restart: int, steps: int) -> Linearization:
+        target = min(FLOOR[self.model.dtype], self.tolerance)
+        return self._descend("exchange", X, restart, target, lifted=False, exact=True, steps=steps)
 
     def _attempt_in_subspaces(
         self, restart: int, X: Tensor | None = None, fallback: dict[str, Any] | None = None
@@ -262,6 +306,8 @@ class Attempts(Stages):
         rule = self._trial_rule() if searched and trial is None else {}
         if stage == "finish":
             point = self._descend_unlifted(X, restart, **rule)
+        elif stage == "exchange":
+            point = self._descend_exchanged(X, restart, FOLLOWED)
         else:
             point = self._finish(X, restart, **rule)
         if rule:

@@ -93,6 +93,7 @@ def outlying_directions(
     Y: Tensor,
     *,
     most: int,
+    least: int = 1,
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
@@ -102,11 +103,12 @@ def outlying_directions(
         model: features with weights V.
         Y: (C, p) without its part in the span of V.
         most: at most so many.
+        least: at least so many, even if they are not outlying.
         dtype: of the products with V.
         generator: source of the rows that the Krylov space begins with.
 
     Returns:
-        Unit vectors (k, d), 1 <= k <= most: one even if none is outlying. And how often V was read.
+        Unit vectors (k, d), least <= k <= most, and how often V was read.
     """
     moment = SecondMoment(model, Y, dtype=dtype)
     products = PRODUCTS if len(Y) == 1 else PRODUCTS // 2
@@ -118,7 +120,7 @@ def outlying_directions(
     strengths = moment.singular_values(values)
     order = strengths.argsort(descending=True)
     outlying = int((strengths > BEYOND * moment.edge).sum())
-    strongest = mixing[:, order[: min(max(outlying, 1), most)]]
+    strongest = mixing[:, order[: min(max(outlying, least), most)]]
     return (strongest.T @ basis).to(Y), moment.passes
 
 

@@ -48,16 +48,23 @@ def spectral_direction(
 
     Args:
         model: a feature map with weights V.
-        residual: (C, p). One sample adds the same features to all outputs, in proportion to its
-            alpha: its leading direction across the outputs is taken.
+        residual: (C, p).
         generator: source of the random start.
+    """
+    leading = leading_output(model, residual)
+    direction, _ = outlying_directions(
+        model, leading, most=1, dtype=model.dtype, generator=generator
+    )
+    return to_sphere(direction)
+
+
+def leading_output(model: FeatureMap, residual: Tensor) -> Tensor:
+    """The leading direction of a residual (C, p) across the outputs, (1, p).
+
+    One sample adds the same features to all outputs, in proportion to its alpha.
     """
     held = residual[:, model.held].double()
     outer = held @ held.T
     model.sum_over_processes([outer])
     mixes = torch.linalg.eigh(outer).eigenvectors
-    leading = mixes[:, -1:].T.to(residual.dtype) @ residual
-    direction, _ = outlying_directions(
-        model, leading, most=1, dtype=model.dtype, generator=generator
-    )
-    return to_sphere(direction)
+    return mixes[:, -1:].T.to(residual.dtype) @ residual

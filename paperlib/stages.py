@@ -27,6 +27,9 @@ from paperlib.signs import settle_signs
 # A bulk loss above this is a local minimum, not the floor of the arithmetic: restart.
 PROMISING = 1e-3
 
+# Steps of a descent that is expected to lead nowhere.
+BRIEF = 10
+
 # Signs are settled once the lifted loss is this share of the tolerance: the unlifted one, which
 # takes fewer passes, is minimised to the end.
 SHARP = 0.1
@@ -174,9 +177,14 @@ class Stages:
         lifted: bool,
         exact: bool,
         brief: bool = False,
+        steps: int | None = None,
         **stall: float,
     ) -> Linearization:
-        """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up."""
+        """One Levenberg-Marquardt run, logged; `stall` is its own rule for giving up.
+
+        It takes `steps` at most, `max_steps` if None, and no more than `BRIEF` if it is brief.
+        """
+        steps = min(self.max_steps, BRIEF if brief else steps or self.max_steps)
         dtype = self.model.dtype if exact else self.bulk
 
         def log(ended: str, loss: float, passes: int) -> dict[str, Any]:
@@ -202,7 +210,7 @@ class Stages:
             lambda X: self._evaluate(X, lifted=lifted, exact=exact),
             X,
             target=target,
-            max_steps=min(self.max_steps, 10) if brief else self.max_steps,
+            max_steps=steps,
             damping=self.damping,
             forcing=self.forcing,
             floor=max(self.tolerance, FLOOR[dtype]),
