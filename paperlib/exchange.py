@@ -28,7 +28,12 @@ from torch import Tensor
 from paperlib.activations import Activation
 from paperlib.elimination import removal_costs
 from paperlib.feature_map import FeatureMap
-from paperlib.outlying_directions import outlying_directions
+from paperlib.outlying_directions import (
+    PRODUCTS,
+    SecondMoment,
+    krylov_space,
+    outlying_directions,
+)
 from paperlib.projection import Linearization
 from paperlib.reseed import leading_output
 from paperlib.sphere import random_on_sphere, to_sphere, to_tangent
@@ -114,15 +119,12 @@ class Exchanges:
     def _ranked_splits(self, taken: int) -> list[tuple[int, Tensor]]:
         """The others, by number, and the directions of their halves; what promises most first."""
         left = self._without(taken)
-        splits = []
-        for i, (x, alpha) in enumerate(zip(left.X, left.alpha, strict=True)):
-            e, gain, passes = split_direction(
-                self.model, left.residual, x[None], alpha, generator=self.generator
-            )
-            self.passes += passes
-            splits.append((gain, i, e))
-        splits.sort(key=lambda split: -split[0])
-        return [(i, e) for _, i, e in splits]
+        directions, gains, passes = split_directions(
+            self.model, left.residual, left.X, left.alpha, generator=self.generator
+        )
+        self.passes += passes
+        order = gains.argsort(descending=True).tolist()
+        return [(i, directions[i : i + 1]) for i in order]
 
     def _without(self, taken: int) -> Linearization:
         """The other candidates, settled."""
@@ -142,52 +144,54 @@ class Exchanges:
         return math.copysign(1.0, float(torch.rand(1, generator=self.generator)) - 0.5)
 
 
-def split_direction(
+def split_directions(
     model: FeatureMap,
     residual: Tensor,
-    x: Tensor,
+    X: Tensor,
     alpha: Tensor,
     *,
     generator: torch.Generator,
-) -> tuple[Tensor, float, int]:
-    """Where the halves of a candidate go from it.
+) -> tuple[Tensor, Tensor, int]:
+    """Where the halves of each candidate go from it.
 
     Args:
         model: features with weights V.
         residual: (C, p), what the candidates leave.
-        x: (1, d), the candidate.
-        alpha: (C,), its coefficients.
-        generator: source of the Krylov space.
+        X: (n, d), the candidates.
+        alpha: (n, C), their coefficients.
+        generator: source of the Krylov spaces.
 
     Returns:
-        The direction e, (1, d) of length sqrt(d) and tangent to the sphere; how much of the
-        residual's square the split can explain; and how often V was read.
+        Directions e, (n, d) of length sqrt(d) and tangent to the sphere; how much of the residual's
+        square each split can explain, (n,); and how often V was read.
     """
-    pull = torch.nn.functional.normalize(alpha, dim=0).to(residual) @ residual  # (p,)
+    n, d = X.shape
+    pull = torch.nn.functional.normalize(alpha, dim=1).to(residual) @ residual  # (n, p)
     bend = torch.zeros_like(pull)
     for block in model.blocks(dtype=model.dtype):
         part = slice(block.start, block.stop)
-        bend[part] = mean_curvature(model.activation, block.project(x)[0], AVERAGED)
-    directions, passes = outlying_directions(
-        model,
-        (pull * bend)[None],
-        most=DIRECTIONS,
-        least=DIRECTIONS,
-        dtype=model.dtype,
-        generator=generator,
+        bend[:, part] = mean_curvature(model.activation, block.project(X), AVERAGED)
+    moments = SecondMoment(model, pull * bend, dtype=model.dtype)
+    rows, products = (DIRECTIONS, PRODUCTS) if DIRECTIONS * PRODUCTS < d else (d, 1)
+    basis, images = krylov_space(
+        moments.products, (n, rows, d), products, generator=generator, like=X
     )
-    directions = to_sphere(to_tangent(x.expand(len(directions), -1), directions.to(x)))
-    sums = torch.zeros(2, len(directions), dtype=torch.float64, device=x.device)
+    values, mixing = torch.linalg.eigh(0.5 * (basis @ images.mT + images @ basis.mT))
+    # Where a value is negative, a split does harm.
+    E = (mixing[:, :, -DIRECTIONS:].mT @ basis).to(X)
+    E = to_tangent(X.repeat_interleave(E.shape[1], 0), E.flatten(0, 1))
+    E = to_sphere(E).view(n, -1, d)
+    sums = torch.zeros(2, n, E.shape[1], dtype=torch.float64, device=X.device)
     for block in model.blocks(dtype=model.dtype):
         part = slice(block.start, block.stop)
-        q = bend[part] * block.project(directions).square()
-        sums += torch.stack([q @ pull[part], q.square().sum(1)]).double()
+        q = bend[:, None, part] * block.project(E.flatten(0, 1)).square().view(*E.shape[:2], -1)
+        along = (q * pull[:, None, part]).sum(2)
+        sums += torch.stack([along, q.square().sum(2)]).double()
     model.sum_over_processes([sums])
     along, squares = sums
-    # Eigenvectors are ordered by size; those of negative values are where a split does harm.
     gains = along.clamp(min=0).square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
-    best = int(gains.argmax())
-    return directions[best : best + 1], float(gains[best]), passes + 2
+    most, best = gains.max(1)
+    return E[torch.arange(n), best.to(E.device)], most, moments.passes + 2
 
 
 def mean_curvature(activation: Activation, z: Tensor, reach: float) -> Tensor:

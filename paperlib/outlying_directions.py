@@ -12,6 +12,8 @@ outputs, come of a block Krylov space with the method of Rayleigh and Ritz (Golu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,17 +62,17 @@ class SecondMoment:
     def __call__(self, Q: Tensor) -> Tensor:
         """Q M, or Q sum_c M_c^2: (q, d) for Q of shape (q, d)."""
         C, q = len(self.centred), len(Q)
-        images = self._product(Q.expand(C, *Q.shape))
+        images = self.products(Q.expand(C, *Q.shape))
         if C == 1:
             return images[0]
-        return self._product(images).sum(0).view(q, -1)
+        return self.products(images).sum(0).view(q, -1)
 
     def singular_values(self, eigenvalues: Tensor) -> Tensor:
         """Of all M_c side by side, from the eigenvalues of the operator."""
         one = len(self.centred) == 1
         return eigenvalues.abs() if one else eigenvalues.clamp(min=0).sqrt()
 
-    def _product(self, Q: Tensor) -> Tensor:
+    def products(self, Q: Tensor) -> Tensor:
         """Q_c M_c for each output: (C, q, d)."""
         C, q, d = Q.shape
         # The same rows for all outputs go through V once.
@@ -93,7 +95,6 @@ def outlying_directions(
     Y: Tensor,
     *,
     most: int,
-    least: int = 1,
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> tuple[Tensor, int]:
@@ -103,42 +104,40 @@ def outlying_directions(
         model: features with weights V.
         Y: (C, p) without its part in the span of V.
         most: at most so many.
-        least: at least so many, even if they are not outlying.
         dtype: of the products with V.
         generator: source of the rows that the Krylov space begins with.
 
     Returns:
-        Unit vectors (k, d), least <= k <= most, and how often V was read.
+        Unit vectors (k, d), 1 <= k <= most: one even if none is outlying. And how often V was read.
     """
     moment = SecondMoment(model, Y, dtype=dtype)
     products = PRODUCTS if len(Y) == 1 else PRODUCTS // 2
     rows = max(LEAST_ROWS, -(-ROOM * most // products))
     if rows * products >= model.d:
         rows, products = model.d, 1  # all directions at once
-    basis, images = krylov_space(moment, model.d, rows, products, generator=generator, like=Y)
+    shape = (rows, model.d)
+    basis, images = krylov_space(moment, shape, products, generator=generator, like=Y)
     values, mixing = torch.linalg.eigh(0.5 * (basis @ images.T + images @ basis.T))
     strengths = moment.singular_values(values)
     order = strengths.argsort(descending=True)
     outlying = int((strengths > BEYOND * moment.edge).sum())
-    strongest = mixing[:, order[: min(max(outlying, least), most)]]
+    strongest = mixing[:, order[: min(max(outlying, 1), most)]]
     return (strongest.T @ basis).to(Y), moment.passes
 
 
 def krylov_space(
-    operator: SecondMoment,
-    d: int,
-    rows: int,
+    operator: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
     products: int,
     *,
     generator: torch.Generator,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows of a random block and its images, (rows * products, d) float64.
+    """Orthonormal rows of a random block and its images, (.., rows * products, d) float64.
 
     Args:
-        operator: symmetric, on rows (q, d).
-        d: dimension.
-        rows: of a block.
+        operator: symmetric, on rows (.., rows, d), of each of a batch by itself.
+        shape: of the first block, (.., rows, d).
         products: how many blocks.
         generator: source of the first block.
         like: whose dtype and device the operator takes.
@@ -146,13 +145,14 @@ def krylov_space(
     Returns:
         The rows and their images under the operator.
     """
-    fresh = torch.randn(rows, d, generator=generator, dtype=torch.float64).to(like.device)
-    basis = images = fresh.new_zeros(0, d)
+    fresh = torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)
+    basis = images = fresh[..., :0, :]
     for _ in range(products):
         # Of all rows so far: reflections keep them orthogonal also where a block adds nothing but
         # rounding, which taking its part in the others out, even twice, does not.
-        fresh = torch.linalg.qr(torch.cat([basis, fresh]).T).Q.T[len(basis) :]
+        rows = torch.cat([basis, fresh], -2)
+        fresh = torch.linalg.qr(rows.mT).Q.mT[..., basis.shape[-2] :, :]
         image = operator(fresh.to(like)).double()
-        basis, images = torch.cat([basis, fresh]), torch.cat([images, image])
+        basis, images = torch.cat([basis, fresh], -2), torch.cat([images, image], -2)
         fresh = image
     return basis, images

@@ -7,7 +7,7 @@ import paperlib
 from paperlib import RandomFeatures, activation_names, compare, fit_min_norm, saved_attack, sphere
 from paperlib.activations import activation
 from paperlib.attempts import Attempts
-from paperlib.exchange import AVERAGED, DIRECTIONS, Exchanges, mean_curvature, split_direction
+from paperlib.exchange import AVERAGED, DIRECTIONS, Exchanges, mean_curvature, split_directions
 from paperlib.known_samples import WithoutKnown
 from paperlib.message_passing import Beliefs, MessagePassing
 from paperlib.progress import Progress
@@ -52,29 +52,37 @@ def test_the_curvature_of_a_relu_is_the_density_of_its_kink():
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_the_direction_of_a_split_is_the_leading_one_of_the_dense_matrix(outputs):
-    d, p = 12, 500
+@pytest.mark.parametrize("d", [12, 40])  # all directions at once, and by a Krylov space
+def test_the_directions_of_splits_are_the_leading_ones_of_dense_matrices(outputs, d):
+    n, p = 3, 2000
     model = RandomFeatures(d, p, "relu", seed=0, dtype=DOUBLE)
-    x = sphere(1, d, seed=1, dtype=DOUBLE).X
+    X = sphere(n, d, seed=1, dtype=DOUBLE).X
+    alpha = torch.randn(n, outputs, generator=generator(3), dtype=DOUBLE)
+    # Something to find at each candidate, and noise.
     residual = torch.randn(outputs, p, generator=generator(2), dtype=DOUBLE)
-    alpha = torch.randn(outputs, generator=generator(3), dtype=DOUBLE)
-    pull = alpha / alpha.norm() @ residual
-    bend = mean_curvature(model.activation, model.V @ x[0], AVERAGED)
-    weights = pull * bend
-    values, vectors = torch.linalg.eigh(model.V.T @ ((weights - weights.mean())[:, None] * model.V))
-    strongest = values.abs().argsort(descending=True)[:DIRECTIONS]
-    assert (values[strongest] < 0).any()  # where splitting would do harm
-    tangent = vectors.T[strongest] - (vectors.T[strongest] @ x.T) @ x / d
-    tangent = tangent * d**0.5 / tangent.norm(dim=1, keepdim=True)
-    q = bend * (tangent @ model.V.T).square()
-    gains = (q @ pull).clamp(min=0).square() / q.square().sum(1)
-    found, gain, _ = split_direction(model, residual, x, alpha, generator=generator())
-    assert gain == pytest.approx(float(gains.max()))
-    assert float((found[0] @ tangent[gains.argmax()]).abs()) == pytest.approx(d)
-    # With a coefficient of its own, q explains that much of the residual.
-    one = q[gains.argmax()]
-    fit = torch.linalg.lstsq(one[:, None], pull[:, None]).solution[0, 0]
-    assert float(pull.square().sum() - (pull - fit * one).square().sum()) == pytest.approx(gain)
+    for x, a, y in zip(X, alpha, sphere(n, d, seed=4, dtype=DOUBLE).X, strict=True):
+        bend = mean_curvature(model.activation, model.V @ x, AVERAGED)
+        residual += torch.outer(a / a.norm(), 3 * bend * (model.V @ y).square())
+    found, gains, _ = split_directions(model, residual, X, alpha, generator=generator())
+    assert found.shape == (n, d) and gains.shape == (n,)
+    torch.testing.assert_close((found * X).sum(1), torch.zeros(n, dtype=DOUBLE), atol=1e-9, rtol=0)
+    for i, (x, a) in enumerate(zip(X, alpha, strict=True)):
+        pull = a / a.norm() @ residual
+        bend = mean_curvature(model.activation, model.V @ x, AVERAGED)
+        weights = pull * bend
+        M = model.V.T @ ((weights - weights.mean())[:, None] * model.V)
+        leading = torch.linalg.eigh(M).eigenvectors[:, -DIRECTIONS:].T
+        tangent = leading - (leading @ x)[:, None] * x / d
+        tangent = tangent * d**0.5 / tangent.norm(dim=1, keepdim=True)
+        q = bend * (tangent @ model.V.T).square()
+        dense = (q @ pull).clamp(min=0).square() / q.square().sum(1)
+        best = int(dense.argmax())
+        assert float(gains[i]) == pytest.approx(float(dense[best]), rel=1e-3)
+        assert float((found[i] @ tangent[best]).abs()) == pytest.approx(d, rel=1e-3)
+        # With a coefficient of its own, q explains that much of the residual.
+        fit = torch.linalg.lstsq(q[best][:, None], pull[:, None]).solution[0, 0]
+        explained = pull.square().sum() - (pull - fit * q[best]).square().sum()
+        assert float(explained) == pytest.approx(float(gains[i]), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["relu", "relu+tanh", "gelu"])
@@ -84,8 +92,8 @@ def test_two_samples_that_share_a_candidate_are_told_apart(name):
     model = RandomFeatures(d, 6000, name, seed=4, dtype=DOUBLE)
     theta = torch.tensor([[1.0, 1.0]], dtype=DOUBLE) @ model.features(X)
     point = Linearization(model, theta, to_sphere(X.sum(0, keepdim=True)))
-    e, gain, _ = split_direction(
-        model, point.residual, point.X, point.alpha[0], generator=generator()
+    e, gain, _ = split_directions(
+        model, point.residual, point.X, point.alpha, generator=generator()
     )
     assert gain > 0.3 * point.residual_square
     apart = (X[0] - X[1]) / (X[0] - X[1]).norm()

@@ -109,7 +109,7 @@ def test_a_krylov_space_stays_orthonormal_where_the_operator_adds_nothing_new():
         return Q[:, :1] @ torch.eye(1, 60).to(Q)
 
     like = torch.zeros(1, dtype=torch.float64)
-    basis, images = krylov_space(rank_one, 60, 4, 5, generator=generator(), like=like)
+    basis, images = krylov_space(rank_one, (4, 60), 5, generator=generator(), like=like)
     assert basis.shape == images.shape == (20, 60)
     torch.testing.assert_close(basis @ basis.T, torch.eye(20).double())
     torch.testing.assert_close(images, rank_one(basis))
