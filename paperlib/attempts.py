@@ -304,10 +304,11 @@ class Attempts(Stages):
         if stage in ("bulk", "eliminate"):
             return self._attempt(X, restart)
         rule = self._trial_rule() if searched and trial is None else {}
-        if stage == "finish":
+        if stage == "exchange":  # it had one candidate less, perhaps: another is tried
+            X = trial["X"].to(self.theta)
+            point = self._evaluate(X, lifted=False, exact=True, curvature=False)
+        elif stage == "finish":
             point = self._descend_unlifted(X, restart, **rule)
-        elif stage == "exchange":
-            point = self._descend_exchanged(X, restart, FOLLOWED)
         else:
             point = self._finish(X, restart, **rule)
         if rule:

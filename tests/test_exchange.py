@@ -7,6 +7,7 @@ import paperlib
 from paperlib import RandomFeatures, activation_names, compare, fit_min_norm, saved_attack, sphere
 from paperlib.activations import activation
 from paperlib.attempts import Attempts
+from paperlib.elimination import removal_costs
 from paperlib.exchange import AVERAGED, DIRECTIONS, Exchanges, mean_curvature, split_directions
 from paperlib.known_samples import WithoutKnown
 from paperlib.message_passing import Beliefs, MessagePassing
@@ -132,6 +133,48 @@ def test_an_exchange_moves_one_candidate_or_two_and_repeats(outputs, known):
     assert alone.shape == (1, d) and not torch.equal(alone, point.X[:1])
 
 
+def test_what_only_harm_would_come_of_promises_nothing():
+    d = 12
+    model = RandomFeatures(d, 500, "relu", seed=0, dtype=DOUBLE)
+    X = sphere(1, d, seed=1, dtype=DOUBLE).X
+    bend = mean_curvature(model.activation, X @ model.V.T, AVERAGED)
+    alpha = torch.ones(1, 1, dtype=DOUBLE)
+    for sign, promises in ((1.0, True), (-1.0, False)):
+        _, gains, _ = split_directions(model, sign * bend, X, alpha, generator=generator())
+        assert bool(gains[0] > 0) == promises
+
+
+def test_a_less_useful_candidate_goes_beside_one_that_promises_much(monkeypatch):
+    monkeypatch.setattr(paperlib.exchange, "TO_RESIDUAL", 0.0)
+    n, d = 8, 60
+    data = sphere(n, d, seed=5, dtype=DOUBLE)
+    model = RandomFeatures(d, 3 * n * d, "relu", seed=5, dtype=DOUBLE)
+    theta = fit_min_norm(model, data.X, data.y)
+    point = Linearization(model, theta, sphere(n, d, seed=7, dtype=DOUBLE).X)
+    missed_least = removal_costs(point.gram_inverse, point.alpha).argsort()[: n // 2].tolist()
+    left = []
+
+    def settle(X):
+        left.append(Linearization(model, theta, X))
+        return left[-1]
+
+    seen, signs = set(), set()
+    for seed in range(30):
+        moved = Exchanges(point, settle=settle, generator=generator(seed)).next()
+        others = left[-1].X
+        taken = int((point.X @ others.T / d).amax(1).argmin())
+        assert taken in missed_least
+        beside = moved[-1] @ others.T / d
+        i = int(beside.abs().argmax())
+        gains = split_directions(
+            model, left[-1].residual, others, left[-1].alpha, generator=generator()
+        )[1]
+        assert i in gains.argsort(descending=True)[: (n - 1) // 2]
+        seen.add((taken, i))
+        signs.add(bool(beside[i] > 0))
+    assert len(seen) > 3 and signs == {True, False}
+
+
 def test_what_is_taken_away_settles_once():
     n, d = 5, 20
     data = sphere(n, d, seed=5)
@@ -196,7 +239,8 @@ class Killed(Exception):
     """Stands for whatever ends a process between two steps."""
 
 
-def test_an_attack_that_is_stopped_among_exchanges_goes_on_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [1, 25])  # while one is taken away, and later
+def test_an_attack_that_is_stopped_among_exchanges_goes_on_there(after, tmp_path, monkeypatch):
     model, theta, X, start = stuck_problem(3)
     monkeypatch.setattr(saved_attack, "INTERVAL", 0.0)
     options = {"restarts": 1, "tolerance": 1e-10, "progress": False, "resume": tmp_path}
@@ -213,12 +257,13 @@ def test_an_attack_that_is_stopped_among_exchanges_goes_on_there(tmp_path, monke
     def kill(stage, loss, candidates):
         if stage == "exchange":
             steps.append(len(candidates))
-            if len(steps) == 25:
+            if len(steps) == after:
                 raise Killed
 
     with pytest.raises(Killed):
         paperlib.reconstruct(model, theta, len(X), callback=kill, **options)
     record = paperlib.reconstruct(model, theta, len(X), **options)
+    assert steps[0] == len(X) - 1
     assert len(begun) == 1  # what came before the exchanges is not done again
     assert record.explained and compare(X, record.samples).recovered() == len(X)
     assert sum(stage["ended"] == "interrupted" for stage in record.stages) == 1

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import paperlib
+from paperlib.exchange import split_directions
+from paperlib.projection import Linearization
 
 HERE = Path(__file__).parent
 
@@ -48,6 +50,20 @@ def test_two_processes_find_what_one_finds(two_processes, one_process):
     torch.testing.assert_close(torch.tensor(first["features"]), model.features(data.X))
     comparison = paperlib.compare(found.samples, torch.tensor(first["samples"]))
     assert comparison.signed.max() < 1e-5
+
+
+def test_two_processes_split_candidates_as_one_does(two_processes, one_process):
+    _, model, theta, _ = one_process
+    point = Linearization(model, theta, paperlib.sphere(4, 40, seed=6).X)
+    directions, gains, _ = split_directions(
+        model, point.residual, point.X, point.alpha, generator=torch.Generator().manual_seed(0)
+    )
+    for result in two_processes:
+        found = torch.tensor(result["directions"])
+        torch.testing.assert_close((found * directions).sum(1).abs(), torch.full((4,), 40.0))
+        torch.testing.assert_close(
+            torch.tensor(result["gains"], dtype=torch.float64), gains, rtol=1e-3, atol=1e-9
+        )
 
 
 def test_more_processes_than_blocks_is_an_error():
