@@ -19,7 +19,7 @@ from paperlib.elimination import eliminate, removal_costs
 from paperlib.exchange import Exchanges
 from paperlib.law import numbers_per_unknown
 from paperlib.message_passing import MessagePassing
-from paperlib.precision import FLOOR, SETTLED
+from paperlib.precision import SETTLED
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere
 from paperlib.stages import PROMISING, Stages, stage_record
@@ -159,8 +159,7 @@ class Attempts(Stages):
         )
 
     def _descend_exchanged(self, X: Tensor, restart: int, steps: int) -> Linearization:
-        target = min(FLOOR[self.model.dtype], self.tolerance)
-        return self._descend("exchange", X, restart, target, lifted=False, exact=True, steps=steps)
+        return self._descend_unlifted(X, restart, name="exchange", steps=steps)
 
     def _attempt_in_subspaces(
         self, restart: int, X: Tensor | None = None, fallback: dict[str, Any] | None = None

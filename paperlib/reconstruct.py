@@ -16,8 +16,7 @@ from paperlib.memory import KEPT
 from paperlib.progress import Progress
 from paperlib.published import published_options
 from paperlib.record import Reconstruction, conclude
-from paperlib.results import machine
-from paperlib.saved_attack import SavedAttack, fingerprint
+from paperlib.saved_attack import SavedAttack, open_attack
 from paperlib.second_order import OVERSAMPLING, SecondOrderSolver
 
 STARTS = ("auto", "random", "subspace", "messages")
@@ -96,11 +95,7 @@ def reconstruct(
         **options,
         "model": model.describe(),
     }
-    saved = SavedAttack()
-    if resume is not None:
-        version = machine()["libraries"].get("paperlib")
-        name = fingerprint(theta, **chosen, version=version)
-        saved = SavedAttack(resume, name, group=model.group)
+    saved = open_attack(resume, theta, group=model.group, **chosen)
     found = saved.result
     # A solver that keeps no state between its steps has only its result kept.
     kept = {"saved": saved} if "saved" in known else {}

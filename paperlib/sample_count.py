@@ -29,8 +29,7 @@ from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.reseed import reseed_least_useful
-from paperlib.results import machine
-from paperlib.saved_attack import SavedAttack, fingerprint
+from paperlib.saved_attack import SavedAttack, open_attack
 from paperlib.signs import settle_signs
 from paperlib.stages import PROMISING, RESEED_GAIN
 from paperlib.streams import stream
@@ -126,16 +125,8 @@ def estimate_sample_count(
         progress=progress,
         resume=resume,
     )
-    saved = SavedAttack()
-    if resume is not None:
-        name = fingerprint(
-            theta,
-            task="sample count",
-            refine_steps=refine_steps,
-            **record.options,
-            version=machine()["libraries"].get("paperlib"),
-        )
-        saved = SavedAttack(resume, name, group=model.group)
+    problem = record.options | {"task": "sample count", "refine_steps": refine_steps}
+    saved = open_attack(resume, theta, group=model.group, **problem)
     room = room_for_lift(model.p, model.d, most)
     lift = Lift(model, theta, dtype=model.dtype) if model.linear_coefficient and room else None
     with Progress(progress) as watch:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from paperlib.replace_file import replace_file
+from paperlib.results import machine
 
 # Seconds between two writings: what is lost at most, besides the step under way.
 INTERVAL = 30.0
@@ -38,6 +39,24 @@ def fingerprint(theta: Tensor, **problem: Any) -> str:
     digest = hashlib.sha256(json.dumps(problem, sort_keys=True, default=str).encode())
     digest.update(theta.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:24]
+
+
+def open_attack(
+    folder: str | os.PathLike | None,
+    theta: Tensor,
+    *,
+    group: ProcessGroup | None,
+    **problem: Any,
+) -> SavedAttack:
+    """The attack on theta (C, p) that all of `problem` defines, of this version of the package.
+
+    Raises:
+        OSError: if the folder cannot be made.
+    """
+    if folder is None:
+        return SavedAttack()
+    version = machine()["libraries"].get("paperlib")
+    return SavedAttack(folder, fingerprint(theta, **problem, version=version), group=group)
 
 
 class SavedAttack:

@@ -160,12 +160,11 @@ class Stages:
         return self._descend_unlifted(X, restart, brief=brief, **stall)
 
     def _descend_unlifted(
-        self, X: Tensor, restart: int, *, brief: bool = False, **stall: float
+        self, X: Tensor, restart: int, *, name: str = "finish", **rule: Any
     ) -> Linearization:
+        """Minimise the unlifted loss; `rule` is when to give up, as in `_descend`."""
         target = min(FLOOR[self.model.dtype], self.tolerance)
-        return self._descend(
-            "finish", X, restart, target, lifted=False, exact=True, brief=brief, **stall
-        )
+        return self._descend(name, X, restart, target, lifted=False, exact=True, **rule)
 
     def _descend(
         self,

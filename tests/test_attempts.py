@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from stage_by_stage import second_order_solver
 
 from paperlib import RandomFeatures, sphere
 from paperlib.attempts import Attempt
 from paperlib.elimination import eliminate
-from paperlib.progress import Progress
-from paperlib.second_order import SecondOrderSolver
 from paperlib.sphere import to_sphere
 
 N, D = 4, 20
@@ -18,22 +17,7 @@ def attempts(*, tiny, seed):
     X = sphere(N, D, seed, dtype=torch.float64).X
     model = RandomFeatures(D, 20 * D * N, "relu", seed=seed, dtype=torch.float64)
     alpha = torch.tensor([[1.0, 1.0, 1.0, tiny]], dtype=torch.float64)
-    solver = SecondOrderSolver(
-        model,
-        alpha @ model.features(X),
-        N,
-        seed=0,
-        restarts=1,
-        start="auto",
-        max_steps=100,
-        tolerance=1e-10,
-        oversampling=1.4,
-        lift=True,
-        bulk="auto",
-        keep="auto",
-        forcing=0.2,
-        progress=Progress(False),
-    )
+    solver = second_order_solver(model, alpha @ model.features(X), N, lift=True)
     return solver, X
 
 

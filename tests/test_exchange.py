@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_by_stage import second_order_solver
 
 import paperlib
 from paperlib import RandomFeatures, activation_names, compare, fit_min_norm, saved_attack, sphere
@@ -11,9 +12,7 @@ from paperlib.elimination import removal_costs
 from paperlib.exchange import AVERAGED, DIRECTIONS, Exchanges, mean_curvature, split_directions
 from paperlib.known_samples import WithoutKnown
 from paperlib.message_passing import Beliefs, MessagePassing
-from paperlib.progress import Progress
 from paperlib.projection import Linearization
-from paperlib.second_order import SecondOrderSolver
 from paperlib.sphere import to_sphere
 
 DOUBLE = torch.float64
@@ -208,22 +207,7 @@ def stuck_problem(seed):
 def test_exchanges_lead_out_of_a_minimum_that_descent_stays_in(seed):
     model, theta, X, start = stuck_problem(seed)
     n = len(X)
-    solver = SecondOrderSolver(
-        model,
-        theta,
-        n,
-        seed=0,
-        restarts=1,
-        start="auto",
-        max_steps=100,
-        tolerance=1e-10,
-        oversampling=1.4,
-        lift=None,
-        bulk="auto",
-        keep="auto",
-        forcing=0.2,
-        progress=Progress(False),
-    )
+    solver = second_order_solver(model, theta, n)
     assert solver.exchanges
     stuck = solver._descend_unlifted(start, 0)
     assert stuck.loss > 1e-5
