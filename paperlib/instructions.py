@@ -12,6 +12,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     return _processor_has(device, "avx512_bf16", "amx_bf16")
 
 
+def bfloat16_units(device: torch.device) -> bool:
+    """Whether that hardware is made for matrices: then it is many times as fast as float32."""
+    return device.type == "cuda" or _processor_has(device, "amx_bf16")
+
+
 def fast_int8(device: torch.device) -> bool:
     """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
     return _processor_has(device, "avx512_vnni", "avx_vnni")

@@ -7,7 +7,8 @@ dtype and keeps the fast format for the products inside conjugate gradients only
 iterative refinement.
 
 What samples with a small |alpha| leave in the loss can lie below the rounding of bfloat16. Where
-searches in it end and the finish does not explain the parameters, they go on in float32.
+searches in it end and the finish does not explain the parameters, they go on in float32. With many
+samples that is bound to happen, and they begin in float32 where bfloat16 is not much faster.
 
 float16 is a way to store V, not to compute: it halves the memory on devices without fast
 bfloat16. Rows of V are widened to float32 tile by tile, on their way into the product, and tiles
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from paperlib.feature_map import FeatureMap
-from paperlib.instructions import fast_bfloat16, fast_int8
+from paperlib.instructions import bfloat16_units, fast_bfloat16, fast_int8
 
 # Below this many multiplications a pass, conversion and launch overheads outweigh the gain.
 WORTHWHILE = 5e8
@@ -37,6 +38,10 @@ FLOOR = {torch.bfloat16: 3e-4, torch.float16: 1e-6, torch.float32: 1e-12, torch.
 
 # Loss at which the bulk stage has done its work: no candidate moves far any more.
 SETTLED = {torch.bfloat16: 3e-5, torch.float16: 3e-7, torch.float32: 1e-9, torch.float64: 1e-9}
+
+# The least of n random coefficients has a share of about 1 / n^3 in theta. With more candidates,
+# 1.4 a sample, that is less than the loss at which bfloat16 settles.
+FEW_CANDIDATES = round(1.4 * SETTLED[torch.bfloat16] ** (-1 / 3))
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -70,8 +75,9 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
         bulk: "auto", "bfloat16", "float16" (V stored in it, arithmetic in float32), "float32",
             "float64", or "int8" (products in it; loss and gradient in float32). "auto" is
             bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
-            is large; elsewhere float32. V is stored in float16 for float32 arithmetic if it fits
-            the memory in that format only.
+            is large; elsewhere float32. A processor that has both, but no matrix units, takes
+            bfloat16 for few candidates and int8 for many. V is stored in float16 for float32
+            arithmetic if it fits the memory in that format only.
 
     Raises:
         ValueError: for another name, more digits than the model has, or int8 for a model whose
@@ -92,9 +98,11 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
         large = candidates * model.p * model.d >= WORTHWHILE
         if not model.has_weights or not large:
             return Formats(model.dtype, model.dtype)
-        if fast_bfloat16(model.device):
+        single = single_formats(model)
+        sharp = candidates <= FEW_CANDIDATES or bfloat16_units(model.device)
+        if fast_bfloat16(model.device) and (sharp or single.products != torch.int8):
             return Formats(torch.bfloat16, torch.bfloat16)
-        return single_formats(model)
+        return single
     return single_formats(model, int8=True)
 
 
