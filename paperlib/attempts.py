@@ -33,8 +33,9 @@ ITERATIONS = 600
 SHORT, HALVED = 2, 0.5
 PATIENCE, MOST_ROUNDS = 3, 25
 
-# A finish after rounds that left samples missing gives up when so many steps do not halve the loss.
-IMPATIENT = {"stall_steps": 4, "stall_ratio": 0.5}
+# After rounds, all steps of a finish halve the loss, unless a sample is missing: then it is looked
+# for before any more of them.
+IMPATIENT = {"stall_steps": SHORT, "stall_ratio": HALVED}
 
 # Candidates are exchanged after an attempt that ends with at most this loss, until so many
 # exchanges in turn have not lowered it by a tenth. The steps after one are judged twice: what has
@@ -123,9 +124,21 @@ class Attempts(Stages):
         point = self._descend("eliminate", X, restart, target, lifted=True, exact=False, **quick)
         return point if point.loss <= target else None
 
-    def _concluded(self, point: Linearization, restart: int, previous: float = math.inf) -> Attempt:
-        """The outcome, after second chances for a sample that was missed."""
+    def _concluded(
+        self,
+        point: Linearization,
+        restart: int,
+        previous: float = math.inf,
+        *,
+        gave_up: bool = False,
+    ) -> Attempt:
+        """The outcome, after second chances for a sample that was missed.
+
+        Where none was found, a finish that gave up early is taken to its end: theta may be noisy.
+        """
         point = self._reseed(point, restart, previous)
+        if gave_up and self.tolerance < point.loss <= PROMISING:
+            point = self._descend_unlifted(point.X, restart)
         if self.exchanges:
             point = self._exchanged(point, restart)
         return Attempt(point.X, point.loss, restart, self.eliminated)
@@ -167,17 +180,13 @@ class Attempts(Stages):
         """Rounds of searches and descents, then the finish; see `_rounds`."""
         best = self._rounds(restart, X, fallback)
         self.eliminated = eliminate(best, self.n).losses
-        brief = best.loss > PROMISING
-        point = self._finish(best.X, restart, brief=brief, **self._trial_rule())
-        return self._concluded(self._sharpened(point, restart), restart)
+        point = self._sharpened(self._impatient_finish(best, restart), restart)
+        return self._concluded(point, restart, gave_up=True)
 
-    def _trial_rule(self) -> dict[str, float]:
-        """When a finish gives up: soon, where bfloat16 may have left samples missing.
-
-        What is near the samples halves the loss in every step. For what is not there are rounds in
-        float32, and after them a start from the residual.
-        """
-        return IMPATIENT if self.bulk == torch.bfloat16 or self.sharpened else {}
+    def _impatient_finish(self, best: Linearization, restart: int) -> Linearization:
+        if best.loss > PROMISING:
+            return self._finish(best.X, restart, brief=True)
+        return self._finish(best.X, restart, **IMPATIENT)
 
     def _sharpened(self, point: Linearization, restart: int) -> Linearization:
         """The outcome of more rounds in float32, if those in bfloat16 left samples missing.
@@ -187,9 +196,8 @@ class Attempts(Stages):
         if self.bulk != torch.bfloat16 or not self.tolerance < point.loss <= PROMISING:
             return point
         if not self._sharpen():
-            return self._descend_unlifted(point.X, restart)
-        best = self._rounds(restart, point.X)
-        return self._finish(best.X, restart, brief=best.loss > PROMISING, **self._trial_rule())
+            return point
+        return self._impatient_finish(self._rounds(restart, point.X), restart)
 
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""
@@ -302,7 +310,8 @@ class Attempts(Stages):
             return self._attempt_in_subspaces(restart, X, trial)
         if stage in ("bulk", "eliminate"):
             return self._attempt(X, restart)
-        rule = self._trial_rule() if searched and trial is None else {}
+        gave_up = searched and trial is None
+        rule = IMPATIENT if gave_up else {}
         if stage == "exchange":  # it had one candidate less, perhaps: another is tried
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)
@@ -310,9 +319,10 @@ class Attempts(Stages):
             point = self._descend_unlifted(X, restart, **rule)
         else:
             point = self._finish(X, restart, **rule)
-        if rule:
+        if gave_up:
             point = self._sharpened(point, restart)
         if trial is not None and trial["loss"] < point.loss:
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)
-        return self._concluded(point, restart, math.inf if trial is None else trial["loss"])
+        previous = math.inf if trial is None else trial["loss"]
+        return self._concluded(point, restart, previous, gave_up=searched)
