@@ -66,3 +66,40 @@ def test_restarts_that_agree_say_nothing_of_another_result(monkeypatch, losses, 
     monkeypatch.setattr(solver, "_attempt", lambda start, k: Attempt(*next(outcomes), k))
     best = solver.solve()
     assert best.loss == min(losses) and best.agreed == agreed
+
+
+def steps_of(solver, stage):
+    """How many steps each stage of that name has taken, in order."""
+    steps = [record["step"] for record in solver.history if record["stage"] == stage]
+    ends = [k for k, after in zip(steps, [*steps[1:], 1], strict=True) if after == 1]
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_finish_that_misses_a_sample_gives_up_soon_and_looks_for_it(seed):
+    solver, X = attempts(tiny=0.01, seed=seed)
+    best = solver._evaluate(shared(X, seed=seed)[:-1], lifted=True, exact=False)
+    point = solver._impatient_finish(best, 0)
+    assert point.loss > solver.tolerance and len(solver.history) <= 10
+    found = solver._concluded(point, 0, gave_up=True)
+    assert found.loss <= solver.tolerance
+    assert (found.X @ X.T / D).abs().amax(0).min() > 0.99
+    early = [stage["ended"] for stage in solver.stages if stage["stage"] == "refine"]
+    assert early[0] == "stalled"
+
+
+def test_a_finish_that_gave_up_goes_on_where_no_sample_is_missing():
+    """Noise is not explained by more candidates; the best fit to it takes all its steps."""
+    solver, X = attempts(tiny=1.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(solver.theta.shape, generator=generator, dtype=torch.float64)
+    noise *= 0.01 * solver.theta.norm() / noise.norm()
+    solver = second_order_solver(solver.model, solver.theta + noise, N, lift=True)
+    point = solver._impatient_finish(solver._evaluate(X, lifted=True, exact=False), 0)
+    gave_up = steps_of(solver, "finish")[-1]
+    found = solver._concluded(point, 0, gave_up=True)
+    assert gave_up <= 3 and steps_of(solver, "finish")[-1] > 2 * gave_up
+    assert solver.tolerance < found.loss <= point.loss
+    before = len(solver.stages)
+    solver._concluded(point, 0)  # of an attempt that never gave up
+    assert [stage["stage"] for stage in solver.stages[before:]] == ["refine", "finish"]  # reseeded
