@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class Descent:
 
     point: Linearization
     status: str
-    history: list[dict] = field(default_factory=list)
-    passes: int = 0
+    history: list[dict]
+    passes: int
 
 
 def levenberg_marquardt(
@@ -95,27 +95,28 @@ def levenberg_marquardt(
     """
     begun = time.perf_counter()
     point = evaluate(to_sphere(X))
-    out = Descent(point, "step limit", passes=point.passes)
+    # Nothing else may hold the first point: what it keeps for products is as large as the features.
+    status, history, passes = "step limit", [], point.passes
     mu = damping.start
     losses = [point.loss]
     for step in range(1, max_steps + 1):
         if point.loss <= target:
-            out.status = "converged"
+            status = "converged"
             break
         solution, dX = damped_step(point, mu, forcing=forcing, max_inner=max_inner)
         trial = evaluate(to_sphere(point.X + dX))
         accepted = trial.loss < point.loss
-        out.passes += trial.passes + point.product_passes * solution.iterations
+        passes += trial.passes + point.product_passes * solution.iterations
         record = {
             "step": step,
             "loss": min(trial.loss, point.loss),
             "damping": mu,
             "inner": solution.iterations,
             "accepted": accepted,
-            "passes": out.passes,
+            "passes": passes,
             "seconds": time.perf_counter() - begun,
         }
-        out.history.append(record)
+        history.append(record)
         at_floor = point.loss <= floor and trial.loss > 0.5 * point.loss
         mu = damping.after(mu, accepted=accepted)
         if accepted:
@@ -125,20 +126,19 @@ def levenberg_marquardt(
         if on_step is not None:
             on_step(record, point)
         if at_floor:
-            out.status = "precision floor"
+            status = "precision floor"
             break
         if mu > damping.most:
-            out.status = "stalled"
+            status = "stalled"
             break
         if len(losses) > stall_steps and losses[-1] > stall_ratio * losses[-1 - stall_steps]:
-            out.status = "stalled"
+            status = "stalled"
             break
     else:
         if point.loss <= target:
-            out.status = "converged"
+            status = "converged"
     point.forget_curvature()
-    out.point = point
-    return out
+    return Descent(point, status, history, passes)
 
 
 def damped_step(

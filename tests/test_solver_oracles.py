@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -505,3 +506,19 @@ def test_candidates_at_which_no_feature_is_active_end_the_descent():
     )
     assert run.status == "stalled" and run.point.loss == 1.0
     assert torch.equal(run.point.X, X)
+
+
+def test_a_descent_keeps_one_point_beside_the_trial():
+    """What each keeps for its products is as large as the features."""
+    model, theta, _, start = problem(n=4, d=6, p=200)
+    points = []
+
+    def evaluate(X):
+        alive = [point for point in points if point() is not None]
+        assert len(alive) <= 1
+        point = Linearization(model, theta, X, curvature=True)
+        points.append(weakref.ref(point))
+        return point
+
+    run = levenberg_marquardt(evaluate, start, target=1e-20, max_steps=6)
+    assert len(run.history) == 6 and run.point.loss == run.history[-1]["loss"]
