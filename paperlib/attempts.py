@@ -28,14 +28,14 @@ from paperlib.subspace_search import SubspaceSearch
 # Most iterations of one start by message passing.
 ITERATIONS = 600
 
-# A descent between two searches ends when a step or two no longer halve the loss. The rounds end
-# when this many have not lowered the best loss by a tenth.
-SHORT, HALVED = 2, 0.5
-PATIENCE, MOST_ROUNDS = 3, 25
-
-# After rounds, all steps of a finish halve the loss, unless a sample is missing: then it is looked
+# A descent between two searches ends when a step or two no longer halve the loss, and so does the
+# finish after them: all of its steps halve the loss, unless a sample is missing. Then it is looked
 # for before any more of them.
-IMPATIENT = {"stall_steps": SHORT, "stall_ratio": HALVED}
+HALVED = 0.5
+IMPATIENT = {"stall_steps": 2, "stall_ratio": HALVED}
+
+# The rounds end when this many have not lowered the best loss by a tenth.
+PATIENCE, MOST_ROUNDS = 3, 25
 
 # Candidates are exchanged after an attempt that ends with at most this loss, until so many
 # exchanges in turn have not lowered it by a tenth. The steps after one are judged twice: what has
@@ -64,7 +64,6 @@ class Attempts(Stages):
     Attributes:
         candidates: n^, how many a search begins with.
         eliminated: losses of the elimination in the attempt under way.
-        sharpened: whether the bulk stage went on in float32.
         exchanges: whether candidates are exchanged after an attempt that fell short.
     """
 
@@ -74,7 +73,6 @@ class Attempts(Stages):
         self.candidates = candidates
         self.passing: MessagePassing | None = None
         self.eliminated: list[float] = []
-        self.sharpened = False
         self.exchanges = False
 
     def _start(self, kept: Tensor | None) -> Tensor:
@@ -193,9 +191,8 @@ class Attempts(Stages):
 
         Their residual is below what bfloat16 can tell from its own rounding.
         """
-        if self.bulk != torch.bfloat16 or not self.tolerance < point.loss <= PROMISING:
-            return point
-        if not self._sharpen():
+        missing = self.bulk == torch.bfloat16 and self.tolerance < point.loss <= PROMISING
+        if not (missing and self._sharpen()):
             return point
         return self._impatient_finish(self._rounds(restart, point.X), restart)
 
@@ -237,8 +234,7 @@ class Attempts(Stages):
                 SETTLED[self.bulk],
                 lifted=True,
                 exact=False,
-                stall_steps=SHORT,
-                stall_ratio=HALVED,
+                **IMPATIENT,
             )
             X = None
             since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
@@ -310,8 +306,8 @@ class Attempts(Stages):
             return self._attempt_in_subspaces(restart, X, trial)
         if stage in ("bulk", "eliminate"):
             return self._attempt(X, restart)
-        gave_up = searched and trial is None
-        rule = IMPATIENT if gave_up else {}
+        impatient = searched and trial is None
+        rule = IMPATIENT if impatient else {}
         if stage == "exchange":  # it had one candidate less, perhaps: another is tried
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)
@@ -319,7 +315,7 @@ class Attempts(Stages):
             point = self._descend_unlifted(X, restart, **rule)
         else:
             point = self._finish(X, restart, **rule)
-        if gave_up:
+        if impatient:
             point = self._sharpened(point, restart)
         if trial is not None and trial["loss"] < point.loss:
             X = trial["X"].to(self.theta)

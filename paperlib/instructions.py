@@ -13,7 +13,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def bfloat16_units(device: torch.device) -> bool:
-    """Whether that hardware is made for matrices: then it is many times as fast as float32."""
+    """Whether hardware for bfloat16 is one for matrices, many times as fast as float32 is."""
     return device.type == "cuda" or _processor_has(device, "amx_bf16")
 
 

@@ -71,8 +71,7 @@ def test_restarts_that_agree_say_nothing_of_another_result(monkeypatch, losses, 
 def steps_of(solver, stage):
     """How many steps each stage of that name has taken, in order."""
     steps = [record["step"] for record in solver.history if record["stage"] == stage]
-    ends = [k for k, after in zip(steps, [*steps[1:], 1], strict=True) if after == 1]
-    return ends
+    return [k for k, after in zip(steps, [*steps[1:], 1], strict=True) if after == 1]
 
 
 @pytest.mark.parametrize("seed", range(3))
