@@ -91,7 +91,7 @@ class SecondOrderSolver(Attempts):
     ):
         """See `reconstruct` for the options."""
         candidates = candidates_of(n, model.p, oversampling=oversampling)
-        formats = bulk_formats(model, candidates, bulk)
+        formats = bulk_formats(model, n, candidates, bulk)
         super().__init__(
             model,
             theta,
@@ -235,13 +235,13 @@ class SecondOrderSolver(Attempts):
             best = self.best
             kept = None if best is None or self.stuck else best.X
             promising = best is not None and best.loss <= PROMISING
+            # What a search leads to depends on its random start, so one that failed is made anew.
+            again = restart == 1 and not promising
+            searched = self.always_searches or (self.searches and (restart == 0 or again))
             # Where little is missing, more candidates beside the best come before messages.
             sent = self.messages and restart % 2 == 1 and (self.stuck or not promising)
-            messages = self.always_messages or sent
-            if messages and not promising:
-                kept = None
-            searched = self.searches and not messages and (restart == 0 or self.always_searches)
-            if searched:
+            messages = self.always_messages or (sent and not searched)
+            if searched or (messages and not promising):
                 kept = None
             if restart == begun["restart"] and "X" in begun:
                 attempt = self._go_on(begun, searched=searched)

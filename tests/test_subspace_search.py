@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from stage_by_stage import second_order_solver
 
 from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
 from paperlib.activations import Activation
+from paperlib.attempts import Attempt
 from paperlib.given_features import GivenFeatures
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.lift import Lift
@@ -295,6 +297,40 @@ def test_where_float32_does_not_fit_the_finish_goes_on(faint_pair, monkeypatch):
     stages = [(stage["stage"], stage["dtype"]) for stage in found.stages]
     assert len(calls) >= 2 and ("lift", "float32") not in stages
     assert stages.count(("finish", "float32")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "order"),
+    [
+        ((2e-3, 2e-3, 2e-3, 2e-3), ["search", "search", "random", "messages"]),
+        ((1e-2, 2e-3, 1e-4, 1e-4), ["search", "search", "random", "random"]),
+        ((1e-4, 1e-5, 1e-6, 1e-7), ["search", "random", "random", "random"]),
+    ],
+)
+def test_a_search_that_leads_nowhere_is_made_anew_before_any_other_start(
+    monkeypatch, losses, order
+):
+    """Other starts follow it, or what lies beside samples that are nearly complete."""
+    data = sphere(10, 100, 0)
+    model = RandomFeatures(100, 3000, "relu")
+    theta = fit_min_norm(model, data.X, data.y)
+    solver = second_order_solver(model, theta, 10, restarts=len(losses))
+    assert solver.searches and solver.messages and not solver.always_messages
+    made = []
+
+    def start(name):
+        def attempt(*arguments):
+            made.append(name)
+            X = sphere(10, 100, len(made)).X  # no two alike
+            return Attempt(X, losses[len(made) - 1], len(made) - 1)
+
+        return attempt
+
+    monkeypatch.setattr(solver, "_attempt_in_subspaces", start("search"))
+    monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
+    monkeypatch.setattr(solver, "_attempt", start("random"))
+    solver.solve()
+    assert made == order
 
 
 def test_near_the_threshold_the_start_is_made_by_messages():
