@@ -6,6 +6,8 @@ Predicted: `paperlib.memory.predicted_bytes`, what the attack allocates beside w
 it is called. Measured: how far the resident memory of a child process rises above what it was at
 the call (its peak by getrusage). A few steps reach the peak as well as hundreds do; `--steps 200`
 runs the attacks to their end. V of a float32 model is not drawn before the call.
+
+The cases in `WHOLE` attack pictures of CIFAR-10 to the end, within a limit for the process.
 """
 
 from __future__ import annotations
@@ -19,35 +21,43 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas
+import psutil
 import torch
 
 import paperlib
-from paperlib.memory import choose_kept, predicted_bytes
+from paperlib.memory import LIMIT_VARIABLE, choose_kept, predicted_bytes
 from paperlib.precision import bulk_formats
 from paperlib.results import save_table
 from paperlib.subspace_search import search_bytes, search_pays
 
-# name: (n, d, p / (d n), placement, bulk, keep). Sizes of CIFAR-10 have d = 3072.
+
+class Case(NamedTuple):
+    """One attack; sizes of CIFAR-10 have d = 3072."""
+
+    n: int
+    d: int
+    ratio: float  # p / (d n)
+    placement: str = "auto"
+    bulk: str = "auto"
+    keep: str = "auto"
+    limit: str | None = None  # what the process may take
+
+
 CASES = {
-    "sphere, resident": (20, 100, 10.0, "resident", "auto", "auto"),
-    "many samples, features and slopes": (200, 100, 5.0, "auto", "auto", "features and slopes"),
-    "many samples, inputs": (200, 100, 5.0, "auto", "auto", "inputs"),
-    "many samples, nothing": (200, 100, 5.0, "auto", "auto", "nothing"),
-    "images, n = 10, float32": (10, 3072, 5.0, "resident", "float32", "auto"),
-    "images, n = 10, float16": (10, 3072, 5.0, "auto", "float16", "auto"),
-    "images, n = 20, p = 10 d n, streamed": (20, 3072, 10.0, "streamed", "auto", "auto"),
+    "sphere, resident": Case(20, 100, 10, "resident"),
+    "many samples, features and slopes": Case(200, 100, 5, keep="features and slopes"),
+    "many samples, inputs": Case(200, 100, 5, keep="inputs"),
+    "many samples, nothing": Case(200, 100, 5, keep="nothing"),
+    "images, n = 10, float32": Case(10, 3072, 5, "resident", "float32"),
+    "images, n = 10, float16": Case(10, 3072, 5, bulk="float16"),
 }
 
-
-def current_bytes() -> int:
-    """Resident memory of this process now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # not Linux: the peak so far is the nearest there is
-        return peak_bytes()
+# Only where asked for: the pictures may have to be downloaded, and it takes long.
+WHOLE = {"CIFAR-10, n = 20, p = 10 d n, in 4 GB": Case(20, 3072, 10, limit="4 GB")}
+TO_THE_END = 200
 
 
 def peak_bytes() -> int:
@@ -56,11 +66,12 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def measure(case: str, steps: int) -> dict:
-    """One attack of a few steps, in this process."""
-    n, d, ratio, placement, bulk, keep = CASES[case]
+def measure(name: str, steps: int) -> dict:
+    """One attack in this process: its memory, predicted and measured."""
+    n, d, ratio, placement, bulk, keep, limit = CASES.get(name) or WHOLE[name]
+    data = paperlib.cifar10(n) if name in WHOLE else paperlib.sphere(n, d, seed=1)
+    steps = TO_THE_END if name in WHOLE else steps
     p = round(ratio * n * d)
-    data = paperlib.sphere(n, d, seed=1)
     # Trained on features that are not kept, so that the attack's own memory is what counts.
     trainer = paperlib.RandomFeatures(d, p, seed=2, placement="streamed")
     theta = paperlib.fit_min_norm(trainer, data.X, data.y)
@@ -68,27 +79,28 @@ def measure(case: str, steps: int) -> dict:
     if bulk == "float16":  # as where V in float32 does not fit
         model.keeps = lambda dtype, free=None: dtype == torch.float16
     candidates = math.ceil(1.4 * n)
-    formats = bulk_formats(model, candidates, bulk)
+    formats = bulk_formats(model, n, candidates, bulk)
     kept = choose_kept(model, candidates, 1, formats, n=n) if keep == "auto" else keep
     size = model, n, candidates, 1
     starts = search_bytes(*size) if search_pays(*size) else 0  # as the solver does
     parts = predicted_bytes(model, candidates, 1, formats, n=n, keep=kept, starts=starts)
-    before, begun = current_bytes(), time.perf_counter()
+    before, begun = psutil.Process().memory_info().rss, time.perf_counter()
     found = paperlib.reconstruct(
         model, theta, n, restarts=1, max_steps=steps, bulk=bulk, keep=kept, progress=False
     )
     seconds = time.perf_counter() - begun
     predicted, measured = sum(parts.values()), peak_bytes() - before
     return {
-        "case": case,
+        "case": name,
         "n": n,
         "d": d,
         "p": p,
         "placement": placement,
+        "limit": limit,
         "bulk": str(formats.bulk).removeprefix("torch."),
         "products": str(formats.products).removeprefix("torch."),
         "kept": kept,
-        **{f"predicted {name} (MB)": size / 1e6 for name, size in parts.items()},
+        **{f"predicted {part} (MB)": size / 1e6 for part, size in parts.items()},
         "predicted (MB)": predicted / 1e6,
         "measured (MB)": measured / 1e6,
         "measured / predicted": measured / predicted,
@@ -104,7 +116,9 @@ def measure(case: str, steps: int) -> dict:
 def main() -> None:
     """Run each case in a child, save its row and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
+    parser.add_argument(
+        "--case", action="append", choices=[*CASES, *WHOLE], help=f"default: {', '.join(CASES)}"
+    )
     parser.add_argument("--steps", type=int, default=2, help="steps of each stage")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
@@ -117,7 +131,10 @@ def main() -> None:
     for case in cases:
         command = [sys.executable, __file__, "--here", "--case", case]
         command += ["--steps", str(options.steps)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = dict(os.environ)
+        if case in WHOLE:
+            environment[LIMIT_VARIABLE] = WHOLE[case].limit
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(done.stderr)
         row = json.loads(done.stdout.splitlines()[-1])
@@ -127,7 +144,8 @@ def main() -> None:
         print(
             f"{case}: predicted {row['predicted (MB)']:.0f} MB, measured "
             f"{row['measured (MB)']:.0f} MB, whole process {row['peak of the process (MB)']:.0f} "
-            f"MB; V in float32 would be {row['V in float32 (MB)']:.0f} MB",
+            f"MB; V in float32 would be {row['V in float32 (MB)']:.0f} MB; "
+            f"{row['seconds']:.0f} s, {row['recovered (0.001)']} of {row['n']} below 0.001",
             flush=True,
         )
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from paperlib import control_group
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 # The share of the free memory that the weights may take; the rest is for features and products.
 SHARE = 0.6
 
+# What this process may take of the memory of a device, such as "4 GB"; all that is free without it.
+LIMIT_VARIABLE = "PAPERLIB_MEMORY"
+
 # What stays of the activations of a block between passes (see `Linearization`).
 PRODUCTS, INPUTS, NOTHING = KEPT = ("features and slopes", "inputs", "nothing")
 
@@ -26,19 +30,33 @@ INPUTS_DIMENSION = 512
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
+    """Bytes that can still be allocated on the device, within what PAPERLIB_MEMORY allows.
+
+    Raises:
+        ValueError: for a PAPERLIB_MEMORY that is no size.
+    """
     if device.type == "cuda":
+        taken = torch.cuda.memory_allocated(device)
         # What torch has of the device's memory but no tensor is in, it gives out again.
-        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + spare
+        spare = torch.cuda.memory_reserved(device) - taken
+        free = torch.cuda.mem_get_info(device)[0] + spare
+    else:
+        taken = psutil.Process().memory_info().rss
+        free = min(psutil.virtual_memory().available, control_group.bytes_left())
+    allowed = os.environ.get(LIMIT_VARIABLE)
+    if allowed:
+        free = min(free, max(_size(allowed) - taken, 0))
+    return int(free)
+
+
+def _size(words: str) -> int:
+    """A number of bytes from words such as "4 GB"."""
+    from dask.utils import parse_bytes  # takes a moment to import
+
     try:
-        with open("/proc/meminfo") as lines:
-            entries = dict(line.split(":", 1) for line in lines)
-        free = 1024 * int(entries["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        # Not Linux: all of the memory is the best guess there is.
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(free, control_group.bytes_left()))
+        return parse_bytes(words)
+    except ValueError:
+        raise ValueError(f'{LIMIT_VARIABLE} must be a size such as "4 GB", got {words!r}') from None
 
 
 def bytes_of(dtype: torch.dtype, *shape: int) -> int:
@@ -74,9 +92,7 @@ def make_room(model: FeatureMap, formats: Formats) -> None:
     if getattr(model, "placement", "resident") != "auto" or model.dtype in formats:
         return
     if model.holds(model.dtype) and len(resident_formats(model, formats)) < len(set(formats)):
-        held = bytes_of(model.dtype, model.features_held, model.d)
-        free = free_bytes(model.device) + held
-        if all(model.keeps(dtype, free=free) for dtype in formats):
+        if all(model.fits(dtype) for dtype in formats):
             model.release(model.dtype)
 
 
@@ -237,6 +253,8 @@ def allot(
     if keep == "auto":
         keep = choose_kept(model, *sizes, n=n)
     check_memory(model, *sizes, n=n, keep=keep, starts=starts)
+    if hasattr(model, "reserve"):
+        model.reserve(resident_formats(model, [*formats, model.dtype]))
     return keep
 
 

@@ -40,9 +40,9 @@ FLOOR = {torch.bfloat16: 3e-4, torch.float16: 2e-7, torch.float32: 1e-12, torch.
 # Loss at which the bulk stage has done its work: no candidate moves far any more.
 SETTLED = {torch.bfloat16: 3e-5, torch.float16: 2e-7, torch.float32: 1e-9, torch.float64: 1e-9}
 
-# The least of n random coefficients has a share of about 1 / n^3 in theta. With more candidates,
-# 1.4 a sample, that is less than the loss at which bfloat16 settles.
-FEW_CANDIDATES = round(1.4 * SETTLED[torch.bfloat16] ** (-1 / 3))
+# The least of n random coefficients has a share of about 1 / n^3 in theta. With more samples, that
+# is less than the loss at which bfloat16 settles.
+FEW_SAMPLES = round(SETTLED[torch.bfloat16] ** (-1 / 3))
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -67,18 +67,21 @@ class Formats(NamedTuple):
     products: torch.dtype
 
 
-def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Formats:
+def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto") -> Formats:
     """The formats of the bulk stage.
 
     Args:
         model: the feature map.
+        n: how many samples.
         candidates: how many candidates the bulk stage has.
         bulk: "auto", "bfloat16", "float16" (V stored in it, arithmetic in float32), "float32",
             "float64", or "int8" (products in it; loss and gradient in float32). "auto" is
             bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
             is large; elsewhere float32. A processor that has both, but no matrix units, takes
-            bfloat16 for few candidates and int8 for many. V is stored in float16 for float32
-            arithmetic if it fits the memory in that format only.
+            bfloat16 for few samples and int8 for many. V is stored in float16 for float32
+            arithmetic if it fits the memory in that format only. What does not fit in bfloat16
+            may fit in int8, for the products, while V is drawn anew for loss and gradient. Where
+            nothing of V fits, it is drawn in every pass and fewer digits gain no time: float32.
 
     Raises:
         ValueError: for another name, more digits than the model has, or int8 for a model whose
@@ -100,8 +103,9 @@ def bulk_formats(model: FeatureMap, candidates: int, bulk: str = "auto") -> Form
         if not model.has_weights or not large:
             return Formats(model.dtype, model.dtype)
         single = single_formats(model)
-        sharp = candidates <= FEW_CANDIDATES or bfloat16_units(model.device)
-        if fast_bfloat16(model.device) and (sharp or single.products != torch.int8):
+        sharp = n <= FEW_SAMPLES or bfloat16_units(model.device)
+        half = fast_bfloat16(model.device) and _fits(model, torch.bfloat16)
+        if half and (sharp or single.products != torch.int8):
             return Formats(torch.bfloat16, torch.bfloat16)
         return single
     return single_formats(model, int8=True)
@@ -112,12 +116,16 @@ def single_formats(model: FeatureMap, *, int8: bool | None = None) -> Formats:
 
     Args:
         model: the feature map.
-        int8: whether products are in it; where that is fast and d is large, if None.
+        int8: whether products are in it; where that is fast, d is large and V fits, if None.
     """
     if int8 is None:
         large = model.rounds_to_int8 and model.d >= INT8_DIMENSION
-        int8 = large and fast_int8(model.device)
-    fits = getattr(model, "keeps", lambda dtype: True)
-    narrow = not fits(torch.float32) and fits(torch.float16)
+        int8 = large and fast_int8(model.device) and _fits(model, torch.int8)
+    narrow = not _fits(model, torch.float32) and _fits(model, torch.float16)
     exact = torch.float16 if narrow else torch.float32
     return Formats(exact, torch.int8 if int8 else exact)
+
+
+def _fits(model: FeatureMap, dtype: torch.dtype) -> bool:
+    """Whether weights can stay in memory in that format; there are none to keep in a module."""
+    return not hasattr(model, "fits") or model.fits(dtype)

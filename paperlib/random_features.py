@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -77,7 +77,7 @@ class RandomFeatures(FeatureMap):
             block_rows: rows of V drawn and stored at a time, a multiple of 1024.
             placement: "resident" keeps V on the device, "streamed" draws it again block by block
                 in every pass, "auto" keeps it (in each dtype that is used) if it fits into the
-                free memory.
+                free memory, of which PAPERLIB_MEMORY=4GB and the like allow no more than that.
             group: a torch.distributed process group over which the features are split: every
                 process holds its own blocks, and sums over features are all-reduced.
 
@@ -105,6 +105,7 @@ class RandomFeatures(FeatureMap):
         self.group = group
         self.starts = self._own_starts()
         self._resident: dict[torch.dtype, list[Tensor | Int8Rows]] = {}
+        self._reserved: frozenset[torch.dtype] = frozenset()
 
     def draw(self, start: int, stop: int) -> Tensor:
         """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary.
@@ -150,12 +151,25 @@ class RandomFeatures(FeatureMap):
 
     def keeps(self, dtype: torch.dtype, *, free: int | None = None) -> bool:
         """Whether V is (or would be, with `free` bytes of memory) resident in that dtype."""
-        if dtype in self._resident:
+        if dtype in self._resident or (free is None and dtype in self._reserved):
             return True
         if self.placement != "auto":
             return self.placement == "resident"
         free = free_bytes(self.device) if free is None else free
         return bytes_of(dtype, self.features_held, self.d) <= SHARE * free
+
+    def reserve(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Keep V in these formats from their first use on, whatever is free by then.
+
+        Whoever counted what an attack takes has left room for them; other formats stay resident,
+        or are kept where they fit.
+        """
+        self._reserved = frozenset(dtypes)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether V can be resident in that dtype, if need be in place of the model's own."""
+        held = bytes_of(self.dtype, self.features_held, self.d) if self.holds(self.dtype) else 0
+        return self.keeps(dtype, free=free_bytes(self.device) + held)
 
     @property
     def tile_rows(self) -> int:
@@ -208,6 +222,7 @@ class RandomFeatures(FeatureMap):
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; it is made again when it is next needed."""
         self._resident.pop(dtype, None)
+        self._reserved -= {dtype}
 
     @property
     def V(self) -> Tensor:

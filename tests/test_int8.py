@@ -92,11 +92,12 @@ def test_blocks_in_8_bits_are_those_of_v(placement):
 
 
 def test_auto_multiplies_in_8_bits_where_that_is_fast(monkeypatch):
-    def formats(d, *, bf16, int8, units=False, candidates=2000, **options):
+    def formats(d, *, bf16, int8, units=False, n=20, **options):
         monkeypatch.setattr("paperlib.precision.fast_bfloat16", lambda device: bf16 or units)
         monkeypatch.setattr("paperlib.precision.bfloat16_units", lambda device: units)
         monkeypatch.setattr("paperlib.precision.fast_int8", lambda device: int8)
-        return bulk_formats(paperlib.RandomFeatures(d, 24_000_000 // d, **options), candidates)
+        model = paperlib.RandomFeatures(d, 24_000_000 // d, **options)
+        return bulk_formats(model, n, 2000)
 
     single = Formats(torch.float32, torch.float32)
     half = Formats(torch.bfloat16, torch.bfloat16)
@@ -106,13 +107,15 @@ def test_auto_multiplies_in_8_bits_where_that_is_fast(monkeypatch):
     assert formats(100, bf16=False, int8=True) == single  # rounding would take too long
     assert formats(600, bf16=False, int8=True, dtype=torch.float64) == mixed
     given = paperlib.GivenFeatures(randn(1000, 600))
-    assert bulk_formats(given, 2000) == single
+    assert bulk_formats(given, 20, 2000) == single
     # bfloat16 loses the least of many samples: it has to be much faster to begin with it.
-    assert formats(600, bf16=True, int8=True, candidates=45) == half
-    assert formats(600, bf16=True, int8=True, candidates=46) == mixed
-    assert formats(600, bf16=True, int8=True, units=True) == half
-    assert formats(600, bf16=True, int8=False) == half
-    assert formats(100, bf16=True, int8=True) == half
+    assert formats(600, bf16=True, int8=True, n=32) == half
+    assert formats(600, bf16=True, int8=True, n=33) == mixed
+    assert formats(600, bf16=True, int8=True, n=33, units=True) == half
+    assert formats(600, bf16=True, int8=False, n=33) == half
+    assert formats(100, bf16=True, int8=True, n=33) == half
+    # Drawn in every pass, nothing is gained by fewer digits.
+    assert formats(600, bf16=True, int8=True, placement="streamed") == single
 
 
 def test_8_bits_are_for_random_features_only():

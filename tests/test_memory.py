@@ -64,9 +64,69 @@ def test_auto_stores_v_in_16_bits_where_float32_does_not_fit(monkeypatch):
     model = paperlib.RandomFeatures(50, 4000)
     for free, expected in ((10**7, torch.float32), (10**6, torch.float16), (10**4, torch.float32)):
         set_free(monkeypatch, free)
-        assert bulk_formats(model, 10) == (expected, expected)
+        assert bulk_formats(model, 7, 10) == (expected, expected)
     model.placement = "streamed"  # then storing fewer bits gains nothing
-    assert bulk_formats(model, 10).bulk == torch.float32
+    assert bulk_formats(model, 7, 10).bulk == torch.float32
+
+
+def test_auto_keeps_8_bits_where_16_do_not_fit(monkeypatch):
+    """V takes 2.4 MB in float32, 1.2 in 16 bits, 0.6 in 8; loss and gradient need float32."""
+    monkeypatch.setattr("paperlib.precision.fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("paperlib.precision.fast_int8", lambda device: True)
+    monkeypatch.setattr("paperlib.precision.WORTHWHILE", 1)
+    model = paperlib.RandomFeatures(600, 1000)
+    for free, expected in (
+        (2_100_000, BFLOAT16),
+        (1_900_000, Formats(torch.float32, torch.int8)),
+        (900_000, FLOAT32),
+    ):
+        set_free(monkeypatch, free)
+        assert bulk_formats(model, 7, 10) == expected
+    set_free(monkeypatch, 10**8)
+    list(model.weight_blocks())
+    set_free(monkeypatch, 100_000)  # beside float32, which can be given up
+    assert bulk_formats(model, 7, 10) == BFLOAT16
+
+
+def test_an_attack_with_room_for_8_bits_only_finds_the_same_samples(monkeypatch):
+    """V takes 72 MB in float32, 18 in 8 bits: loss and gradient draw it anew."""
+    monkeypatch.setattr("paperlib.precision.fast_int8", lambda device: True)
+    monkeypatch.setattr("paperlib.precision.WORTHWHILE", 1)
+    data = paperlib.sphere(3, 600, seed=1)
+    model = paperlib.RandomFeatures(600, 30_000, block_rows=1024)
+    set_free(monkeypatch, 55_000_000)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    found = paperlib.reconstruct(model, theta, 3, progress=False)
+    assert model.holds(torch.int8)
+    assert not any(map(model.holds, (torch.float32, torch.float16, torch.bfloat16)))
+    assert paperlib.compare(data.X, found.samples).recovered(1e-3) == 3
+
+
+def test_room_that_was_made_is_kept(monkeypatch):
+    """What an attack has been promised it gets, though less is free when it comes to use it."""
+    model = paperlib.RandomFeatures(50, 4000)
+    set_free(monkeypatch, 5_000_000)
+    memory.allot(model, 3, 1, FLOAT32, n=3)
+    set_free(monkeypatch, 100_000)  # V takes 800 kB
+    assert model.keeps(torch.float32) and not model.keeps(torch.bfloat16)
+    assert not model.fits(torch.float32)  # for another attack it is counted anew
+    model.release(torch.float32)
+    assert not model.keeps(torch.float32)
+
+
+def test_a_limit_of_the_users_counts_what_the_process_has_taken(monkeypatch):
+    cpu = torch.device("cpu")
+    free = memory.free_bytes(cpu)
+    monkeypatch.setenv("PAPERLIB_MEMORY", "1000 TB")
+    assert memory.free_bytes(cpu) == pytest.approx(free, rel=0.5)  # other processes come and go
+    taken = memory.psutil.Process().memory_info().rss
+    monkeypatch.setenv("PAPERLIB_MEMORY", f"{taken + 10_000_000_000} B")
+    assert memory.free_bytes(cpu) <= 10_100_000_000
+    monkeypatch.setenv("PAPERLIB_MEMORY", "1 MB")
+    assert memory.free_bytes(cpu) == 0
+    monkeypatch.setenv("PAPERLIB_MEMORY", "plenty")
+    with pytest.raises(ValueError, match="must be a size such as \"4 GB\", got 'plenty'"):
+        memory.free_bytes(cpu)
 
 
 @pytest.mark.parametrize(
