@@ -129,21 +129,23 @@ class Attempts(Stages):
         previous: float = math.inf,
         *,
         gave_up: bool = False,
+        since: int = 0,
     ) -> Attempt:
         """The outcome, after second chances for a sample that was missed.
 
         Where none was found, a finish that gave up early is taken to its end: theta may be noisy.
+        `since` is how many exchanges have gained nothing already.
         """
         point = self._reseed(point, restart, previous)
         if gave_up and self.tolerance < point.loss <= PROMISING:
             point = self._descend_unlifted(point.X, restart)
         if self.exchanges:
-            point = self._exchanged(point, restart)
+            point = self._exchanged(point, restart, since)
         return Attempt(point.X, point.loss, restart, self.eliminated)
 
-    def _exchanged(self, point: Linearization, restart: int) -> Linearization:
+    def _exchanged(self, point: Linearization, restart: int, since: int = 0) -> Linearization:
         """Exchange one candidate after another (see `exchange.py`), while that lowers the loss."""
-        since, mark = 0, point.loss
+        mark = point.loss
         moves = self._moves(point, restart)
         while self.tolerance < point.loss <= HOPEFUL and since < TRIES:
             self.fallback = point, since
@@ -178,8 +180,9 @@ class Attempts(Stages):
         """Rounds of searches and descents, then the finish; see `_rounds`."""
         best = self._rounds(restart, X, fallback)
         self.eliminated = eliminate(best, self.n).losses
-        point = self._sharpened(self._impatient_finish(best, restart), restart)
-        return self._concluded(point, restart, gave_up=True)
+        point = self._impatient_finish(best, restart)
+        del best  # it holds V^T V, which is made anew in float32
+        return self._concluded(self._sharpened(point, restart), restart, gave_up=True)
 
     def _impatient_finish(self, best: Linearization, restart: int) -> Linearization:
         if best.loss > PROMISING:
@@ -266,10 +269,11 @@ class Attempts(Stages):
         It begins at the spectral start, or at candidates that explain almost everything: then a
         sample with a tiny |alpha| is missing, which stands out once the others are known.
 
-        In every second start the lengths of the means are free (see `MessagePassing.run`). The
+        In every second of these the lengths of the means are free (see `MessagePassing.run`). The
         means know their signs, and p near d n has no d equations to spare for a lift.
         """
         name = "message passing"
+        earlier = sum(stage["stage"] == name for stage in self.stages)
         begun = self._announce(name, restart)
         if self.passing is None:
             shared = self.lift is not None and self.lift.dtype == self.bulk
@@ -286,7 +290,7 @@ class Attempts(Stages):
         if kept is not None:
             self.passing.resume(kept)
         beliefs = self.passing.run(
-            ITERATIONS, on_sphere=restart % 2 == 0, on_step=self.progress.step
+            ITERATIONS, on_sphere=earlier % 2 == 0, on_step=self.progress.step
         )
         self.passing.forget_scores()
         seconds = time.perf_counter() - begun
@@ -321,4 +325,5 @@ class Attempts(Stages):
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)
         previous = math.inf if trial is None else trial["loss"]
-        return self._concluded(point, restart, previous, gave_up=searched)
+        since = trial["since"] if stage == "exchange" else 0
+        return self._concluded(point, restart, previous, gave_up=searched, since=since)

@@ -17,13 +17,11 @@ class LinearSolution:
         x: the solution, a vector.
         iterations: products with the operator.
         relative_residual: ||r|| / ||b|| in the norm of the preconditioner, at the end.
-        decrease: b . x - x . A x / 2, how far the quadratic model fell.
     """
 
     x: Tensor
     iterations: int
     relative_residual: float
-    decrease: float
 
 
 def conjugate_gradients(
@@ -52,7 +50,7 @@ def conjugate_gradients(
     direction = z
     rz = start = float(r @ z)
     if start <= 0:
-        return LinearSolution(x, 0, 0.0, 0.0)
+        return LinearSolution(x, 0, 0.0)
     iterations = 0
     while iterations < max_iterations and rz > tolerance**2 * start:
         Ad = operator(direction)
@@ -69,5 +67,4 @@ def conjugate_gradients(
             rz = 0.0
             break
         direction = z + (rz / before) * direction
-    decrease = 0.5 * float(x @ (b + r))
-    return LinearSolution(x, iterations, (rz / start) ** 0.5, decrease)
+    return LinearSolution(x, iterations, (rz / start) ** 0.5)

@@ -28,6 +28,7 @@ from torch import Tensor
 from paperlib.activations import Activation
 from paperlib.elimination import removal_costs
 from paperlib.feature_map import FeatureMap
+from paperlib.memory import bytes_of
 from paperlib.outlying_directions import (
     PRODUCTS,
     SecondMoment,
@@ -192,6 +193,17 @@ def split_directions(
     gains = along.clamp(min=0).square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
     most, best = gains.max(1)
     return E[torch.arange(n), best.to(E.device)], most, moments.passes + 2
+
+
+def exchange_bytes(n: int, outputs: int, p: int, d: int) -> int:
+    """The most bytes that an exchange allocates beside the candidates' activations.
+
+    Pull, bend and the second moments of their product, before and after these are centred; what is
+    left without each candidate that was taken; and the Krylov spaces of all splits.
+    """
+    moments = bytes_of(torch.float32, 4, n, p)
+    left = bytes_of(torch.float32, (n + 1) // 2, outputs, p)
+    return moments + left + bytes_of(torch.float64, 2, n, DIRECTIONS * PRODUCTS, d)
 
 
 def mean_curvature(activation: Activation, z: Tensor, reach: float) -> Tensor:

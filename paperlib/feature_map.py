@@ -137,6 +137,17 @@ class FeatureMap(ABC):
     def sum_over_processes(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027 - a hook
         """Add up partial sums in place where the features are split over processes."""
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether what does not depend on X can be kept in that dtype; nothing to keep fits."""
+        return True
+
+    def resident_formats(self, formats: Iterable[torch.dtype]) -> dict[torch.dtype, int]:
+        """Which of these formats it will be kept in, and the bytes still to be allocated."""
+        return {}
+
+    def reserve(self, dtypes: Iterable[torch.dtype] | None) -> None:  # noqa: B027 - a hook
+        """Keep it in these formats only; None ends such a plan."""
+
     def features(self, X: Tensor) -> Tensor:
         """phi(X), (n, p), for X of shape (n, d)."""
         check_rows("X", X, self)

@@ -58,16 +58,12 @@ class KeptActivations:
     def lower(self, dtype: torch.dtype) -> None:
         """Round what is kept to what products in `dtype` need."""
         kept = storage(dtype) if self.keep == INPUTS else arithmetic(dtype)
-        self.arrays = [array.to(kept) for array in self.arrays]
+        for k in range(len(self.arrays)):  # one after another: both forms of one are there at once
+            self.arrays[k] = self.arrays[k].to(kept)
 
     def forget(self) -> None:
         """Give everything up."""
         self.arrays, self.parts = [], {}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(array.numel() * array.element_size() for array in self.arrays)
 
     def _cut(self, block: FeatureBlock) -> list[Tensor]:
         part = slice(block.start - self.first, block.stop - self.first)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -67,23 +66,6 @@ def bytes_of(dtype: torch.dtype, *shape: int) -> int:
     return total
 
 
-def resident_formats(model: FeatureMap, formats: Iterable[torch.dtype]) -> dict[torch.dtype, int]:
-    """The formats in which V will be resident, and the bytes still to be allocated for each.
-
-    They come in order of need; one that does not fit beside the earlier is streamed: drawn again,
-    or rounded from another resident one, in every pass.
-    """
-    if not hasattr(model, "keeps"):
-        return {}
-    free, found = free_bytes(model.device), {}
-    for dtype in dict.fromkeys(formats):
-        size = 0 if model.holds(dtype) else bytes_of(dtype, model.features_held, model.d)
-        if model.keeps(dtype, free=free):
-            found[dtype] = size
-            free -= size
-    return found
-
-
 def make_room(model: FeatureMap, formats: Formats) -> None:
     """Give V in the model's dtype up where the copies of the bulk stage do not fit beside it.
 
@@ -91,7 +73,7 @@ def make_room(model: FeatureMap, formats: Formats) -> None:
     """
     if getattr(model, "placement", "resident") != "auto" or model.dtype in formats:
         return
-    if model.holds(model.dtype) and len(resident_formats(model, formats)) < len(set(formats)):
+    if model.holds(model.dtype) and len(model.resident_formats(formats)) < len(set(formats)):
         if all(model.fits(dtype) for dtype in formats):
             model.release(model.dtype)
 
@@ -122,8 +104,16 @@ def activation_bytes(
     def point(dtype: torch.dtype) -> int:
         return bytes_of(storage(dtype), features) if keep == INPUTS else trial(dtype)
 
+    def rounding(dtype: torch.dtype) -> int:
+        """An array that is rounded to the format of the products is there in both formats."""
+        rounded = storage(formats.products) if keep == INPUTS else arithmetic(formats.products)
+        return 0 if rounded == arithmetic(dtype) else bytes_of(rounded, features)
+
     left = point(formats.products)
-    return max(candidates * (trial(formats.bulk) + left), n * (trial(own) + left))
+    return max(
+        candidates * (trial(formats.bulk) + rounding(formats.bulk) + left),
+        n * (trial(own) + rounding(own) + left),
+    )
 
 
 def predicted_bytes(
@@ -135,6 +125,7 @@ def predicted_bytes(
     n: int | None = None,
     keep: str = PRODUCTS,
     starts: int = 0,
+    exact: bool = True,
 ) -> dict[str, int]:
     """What a reconstruction will allocate at its peak, part by part.
 
@@ -146,6 +137,7 @@ def predicted_bytes(
         n: candidates of the finish, `candidates` if not given.
         keep: what stays of the activations between passes, see `Linearization`.
         starts: bytes that other starts than at random take, in turn with the descents.
+        exact: whether V may stay in the model's own dtype, too.
     """
     held = model.features_held
     n = candidates if n is None else n
@@ -156,7 +148,7 @@ def predicted_bytes(
         "parameters": 3 * bytes_of(model.dtype, outputs, model.p),
     }
     if hasattr(model, "keeps"):
-        parts["weights"] = sum(resident_formats(model, [*formats, model.dtype]).values())
+        parts["weights"] = sum(model.resident_formats(_wanted(model, formats, exact)).values())
         # V^T V, its inverse, its factor and what making them takes, in float64.
         parts["lift"] = bytes_of(torch.float64, 4, model.d, model.d)
         # Rows being drawn, and the arrays of one tile: about six of (n^, rows) in float64.
@@ -185,21 +177,14 @@ def choose_kept(
 
 
 def check_memory(
-    model: FeatureMap,
-    candidates: int,
-    outputs: int,
-    formats: Formats,
-    *,
-    n: int | None = None,
-    keep: str = PRODUCTS,
-    starts: int = 0,
+    model: FeatureMap, candidates: int, outputs: int, formats: Formats, **options: Any
 ) -> dict[str, int]:
-    """The predicted peak, refused if it cannot fit.
+    """The predicted peak, refused if it cannot fit; arguments as of `predicted_bytes`.
 
     Raises:
         MemoryError: with the parts, what is free, and what to change.
     """
-    parts = predicted_bytes(model, candidates, outputs, formats, n=n, keep=keep, starts=starts)
+    parts = predicted_bytes(model, candidates, outputs, formats, **options)
     check_fits(parts, model.device)
     return parts
 
@@ -224,6 +209,18 @@ def check_fits(parts: dict[str, int], device: torch.device) -> None:
         )
 
 
+class Allotment(NamedTuple):
+    """What a reconstruction gets.
+
+    Attributes:
+        keep: what stays of the activations between passes.
+        resident: the formats in which V stays; in others it is drawn, or rounded, in every pass.
+    """
+
+    keep: str
+    resident: frozenset[torch.dtype]
+
+
 def allot(
     model: FeatureMap,
     candidates: int,
@@ -233,8 +230,8 @@ def allot(
     n: int,
     keep: str = "auto",
     starts: int = 0,
-) -> str:
-    """Make room for a reconstruction, and say what stays of the activations between passes.
+) -> Allotment:
+    """Make room for a reconstruction.
 
     Args:
         model: the feature map; it may give V in its own dtype up.
@@ -252,10 +249,17 @@ def allot(
     sizes = (candidates, outputs, formats)
     if keep == "auto":
         keep = choose_kept(model, *sizes, n=n)
-    check_memory(model, *sizes, n=n, keep=keep, starts=starts)
-    if hasattr(model, "reserve"):
-        model.reserve(resident_formats(model, [*formats, model.dtype]))
-    return keep
+    options = {"n": n, "keep": keep, "starts": starts}
+    # The few exact passes can draw V, if it is their copy that does not fit.
+    parts = predicted_bytes(model, *sizes, **options)
+    exact = sum(parts.values()) <= free_bytes(model.device)
+    check_memory(model, *sizes, **options, exact=exact)
+    return Allotment(keep, frozenset(model.resident_formats(_wanted(model, formats, exact))))
+
+
+def _wanted(model: FeatureMap, formats: Formats, exact: bool) -> list[torch.dtype]:
+    """The formats in which a reconstruction would keep V, in order of need."""
+    return [*formats, model.dtype] if exact else [*formats]
 
 
 def readable(size: float) -> str:

@@ -372,6 +372,7 @@ class MessagePassing:
                 self._restore(at_least)
                 self.pace *= SLOWER
                 share = least
+            del before  # as large as the features
             history.append(share)
             if on_step is not None:
                 on_step(history[-1], self.X)
@@ -400,4 +401,5 @@ def message_bytes(n: int, outputs: int, p: int, d: int) -> int:
     Scores are held of now and of the best iteration, and of one being copied.
     """
     moments = bytes_of(torch.float64, outputs, d, d)
-    return max(4 * moments, moments + bytes_of(torch.float32, 3, n + outputs, p))
+    scores = bytes_of(torch.float32, 3, n + outputs, p) + bytes_of(torch.float32, outputs, p)
+    return max(4 * moments, moments + scores)

@@ -50,8 +50,10 @@ class SecondMoment:
             dtype: of the products with V.
         """
         self.model, self.dtype, self.passes = model, dtype, 0
-        C, held = len(Y), Y[:, model.held].double()
-        sums = torch.stack([held.sum(1), held.square().sum(1)])
+        C, held = len(Y), Y[:, model.held]
+        # In float64, without copies: Y can be as large as the features.
+        norms = torch.linalg.vector_norm(held, dim=1, dtype=torch.float64)
+        sums = torch.stack([held.sum(1, dtype=torch.float64), norms.square()])
         model.sum_over_processes([sums])
         mean, square = sums / model.p
         self.centred = Y - mean.to(Y.dtype)[:, None]

@@ -67,6 +67,11 @@ class Formats(NamedTuple):
     products: torch.dtype
 
 
+# All that the bulk stage can compute in.
+CHOICES = [Formats(dtype, dtype) for dtype in FLOOR]
+CHOICES += [Formats(dtype, torch.int8) for dtype in (torch.float16, torch.float32)]
+
+
 def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto") -> Formats:
     """The formats of the bulk stage.
 
@@ -104,7 +109,7 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
             return Formats(model.dtype, model.dtype)
         single = single_formats(model)
         sharp = n <= FEW_SAMPLES or bfloat16_units(model.device)
-        half = fast_bfloat16(model.device) and _fits(model, torch.bfloat16)
+        half = fast_bfloat16(model.device) and model.fits(torch.bfloat16)
         if half and (sharp or single.products != torch.int8):
             return Formats(torch.bfloat16, torch.bfloat16)
         return single
@@ -118,14 +123,21 @@ def single_formats(model: FeatureMap, *, int8: bool | None = None) -> Formats:
         model: the feature map.
         int8: whether products are in it; where that is fast, d is large and V fits, if None.
     """
+    narrow = not model.fits(torch.float32) and model.fits(torch.float16)
+    exact = torch.float16 if narrow else torch.float32
     if int8 is None:
         large = model.rounds_to_int8 and model.d >= INT8_DIMENSION
-        int8 = large and fast_int8(model.device) and _fits(model, torch.int8)
-    narrow = not _fits(model, torch.float32) and _fits(model, torch.float16)
-    exact = torch.float16 if narrow else torch.float32
+        int8 = large and fast_int8(model.device)
+        int8 = int8 and torch.int8 in model.resident_formats([exact, torch.int8])
     return Formats(exact, torch.int8 if int8 else exact)
 
 
-def _fits(model: FeatureMap, dtype: torch.dtype) -> bool:
-    """Whether weights can stay in memory in that format; there are none to keep in a module."""
-    return not hasattr(model, "fits") or model.fits(dtype)
+def agreed_formats(model: FeatureMap, formats: Formats) -> Formats:
+    """These formats, if all processes that share the features would take them.
+
+    Else those of the model: processes in different formats would take different steps.
+    """
+    votes = torch.zeros(len(CHOICES), dtype=torch.float64, device=model.device)
+    votes[CHOICES.index(formats)] = 1
+    model.sum_over_processes([votes])
+    return formats if (votes > 0).sum() == 1 else Formats(model.dtype, model.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 from paperlib.activations import Activation
 from paperlib.checks import check_count, check_positive, check_range
 from paperlib.feature_map import FeatureBlock, FeatureMap
-from paperlib.memory import bytes_of, check_fits, resident_formats
+from paperlib.memory import bytes_of, check_fits
 from paperlib.progress import Progress
 from paperlib.projection import projection_loss
 from paperlib.random_features import RandomFeatureBlock
@@ -112,7 +112,7 @@ def published_options(
     check_fits(
         {
             "features and slopes": bytes_of(model.dtype, 2, n, model.features_held),
-            "weights": sum(resident_formats(model, [model.dtype]).values()),
+            "weights": sum(model.resident_formats([model.dtype]).values()),
         },
         model.device,
     )

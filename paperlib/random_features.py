@@ -105,7 +105,7 @@ class RandomFeatures(FeatureMap):
         self.group = group
         self.starts = self._own_starts()
         self._resident: dict[torch.dtype, list[Tensor | Int8Rows]] = {}
-        self._reserved: frozenset[torch.dtype] = frozenset()
+        self._planned: frozenset[torch.dtype] | None = None
 
     def draw(self, start: int, stop: int) -> Tensor:
         """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary.
@@ -151,20 +151,35 @@ class RandomFeatures(FeatureMap):
 
     def keeps(self, dtype: torch.dtype, *, free: int | None = None) -> bool:
         """Whether V is (or would be, with `free` bytes of memory) resident in that dtype."""
-        if dtype in self._resident or (free is None and dtype in self._reserved):
+        if dtype in self._resident:
             return True
+        if free is None and self._planned is not None:
+            return dtype in self._planned
         if self.placement != "auto":
             return self.placement == "resident"
         free = free_bytes(self.device) if free is None else free
         return bytes_of(dtype, self.features_held, self.d) <= SHARE * free
 
-    def reserve(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Keep V in these formats from their first use on, whatever is free by then.
+    def resident_formats(self, formats: Iterable[torch.dtype]) -> dict[torch.dtype, int]:
+        """The formats in which V will be resident, and the bytes still to be allocated for each.
 
-        Whoever counted what an attack takes has left room for them; other formats stay resident,
-        or are kept where they fit.
+        They come in order of need; one that does not fit beside the earlier is streamed: drawn
+        again, or rounded from another resident one, in every pass.
         """
-        self._reserved = frozenset(dtypes)
+        free, found = free_bytes(self.device), {}
+        for dtype in dict.fromkeys(formats):
+            size = 0 if self.holds(dtype) else bytes_of(dtype, self.features_held, self.d)
+            if self.keeps(dtype, free=free):
+                found[dtype] = size
+                free -= size
+        return found
+
+    def reserve(self, dtypes: Iterable[torch.dtype] | None) -> None:
+        """Keep V in these formats from their first use on, and in no other, whatever is free then.
+
+        Whoever counts what an attack takes leaves room for these. None ends such a plan.
+        """
+        self._planned = None if dtypes is None else frozenset(dtypes)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether V can be resident in that dtype, if need be in place of the model's own."""
@@ -222,7 +237,6 @@ class RandomFeatures(FeatureMap):
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; it is made again when it is next needed."""
         self._resident.pop(dtype, None)
-        self._reserved -= {dtype}
 
     @property
     def V(self) -> Tensor:

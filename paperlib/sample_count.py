@@ -24,7 +24,8 @@ from paperlib.elimination import eliminate
 from paperlib.feature_map import FeatureMap
 from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift, room_for_lift
-from paperlib.precision import FLOOR
+from paperlib.memory import PRODUCTS, choose_kept
+from paperlib.precision import FLOOR, Formats
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
 from paperlib.reconstruct import TOLERANCE, reconstruct
@@ -129,6 +130,8 @@ def estimate_sample_count(
     saved = open_attack(resume, theta, group=model.group, **problem)
     room = room_for_lift(model.p, model.d, most)
     lift = Lift(model, theta, dtype=model.dtype) if model.linear_coefficient and room else None
+    own = Formats(model.dtype, model.dtype)
+    keep = choose_kept(model, most, len(theta), own, n=most)
     with Progress(progress) as watch:
         kept = remove_one_by_one(
             model,
@@ -138,6 +141,7 @@ def estimate_sample_count(
             tolerance=tolerance,
             max_steps=refine_steps,
             generator=stream("candidates", seed, index=1),
+            keep=keep,
             watch=watch,
             saved=saved,
         )
@@ -148,7 +152,8 @@ def estimate_sample_count(
         watch.stage("finish")
         X = kept[most - n]["X"].to(theta)
         X = settle_signs(model, theta, X) if lift is not None else X
-        finish = descend(model, theta, X, None, target=tolerance, max_steps=max_steps, watch=watch)
+        options = {"target": tolerance, "max_steps": max_steps, "keep": keep, "watch": watch}
+        finish = descend(model, theta, X, None, **options)
     return SampleCount(
         n=n,
         jump=jump,
@@ -187,6 +192,7 @@ def remove_one_by_one(
     tolerance: float,
     max_steps: int,
     generator: torch.Generator,
+    keep: str,
     watch: Progress,
     saved: SavedAttack,
 ) -> list[dict[str, Any]]:
@@ -200,12 +206,13 @@ def remove_one_by_one(
         tolerance: refinement ends below it.
         max_steps: most steps of one descent.
         generator: source of the new starts of candidates that are missed least.
+        keep: what stays of the activations between passes.
         watch: progress.
         saved: what is done is kept there, and not done again.
     """
 
     def refine(X: Tensor) -> Descent:
-        options = {"target": tolerance, "max_steps": max_steps, "watch": watch}
+        options = {"target": tolerance, "max_steps": max_steps, "keep": keep, "watch": watch}
         run = descend(model, theta, X, lift, **options)
         if lift is None or run.point.loss <= tolerance:
             return run
@@ -250,12 +257,13 @@ def descend(
     target: float,
     max_steps: int,
     watch: Progress,
+    keep: str = PRODUCTS,
 ) -> Descent:
     """Levenberg-Marquardt in the model's own dtype, lifted if `lift` is given."""
 
     def evaluate(candidates: Tensor) -> Linearization:
         target_theta = theta if lift is None else lift.theta
-        return Linearization(model, target_theta, candidates, lift=lift, curvature=True)
+        return Linearization(model, target_theta, candidates, lift=lift, curvature=True, keep=keep)
 
     return levenberg_marquardt(
         evaluate,

@@ -17,7 +17,6 @@ it ends with some samples mixed (see `exchange.py`).
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from typing import Any
@@ -26,12 +25,13 @@ import torch
 from torch import Tensor
 
 from paperlib.attempts import Attempt, Attempts
+from paperlib.exchange import exchange_bytes
 from paperlib.feature_map import FeatureMap
 from paperlib.law import numbers_per_unknown
 from paperlib.lift import Lift, room_for_lift, spent_by_lift
 from paperlib.memory import allot
 from paperlib.message_passing import message_bytes
-from paperlib.precision import Formats, bulk_formats, single_formats
+from paperlib.precision import Formats, agreed_formats, bulk_formats, single_formats
 from paperlib.progress import Progress
 from paperlib.saved_attack import SavedAttack
 from paperlib.spectral_start import second_moment_coefficient
@@ -91,7 +91,7 @@ class SecondOrderSolver(Attempts):
     ):
         """See `reconstruct` for the options."""
         candidates = candidates_of(n, model.p, oversampling=oversampling)
-        formats = bulk_formats(model, n, candidates, bulk)
+        formats = agreed_formats(model, bulk_formats(model, n, candidates, bulk))
         super().__init__(
             model,
             theta,
@@ -138,16 +138,20 @@ class SecondOrderSolver(Attempts):
         self.searches = self.always_searches or (
             start == "auto" and possible and liftable and small and self.ratio >= NEAR
         )
-        sent = self.always_messages or (self.messages and restarts > 1)
+        # Searches come first, twice if need be.
+        others = 3 if self.searches else 1
+        sent = self.always_messages or (self.messages and restarts > others)
         self.wanted_keep = keep
+        size = n, len(theta), model.p, model.d
         self.start_bytes = max(
-            message_bytes(n, len(theta), model.p, model.d) if sent else 0,
+            message_bytes(*size) if sent else 0,
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
+            exchange_bytes(*size) if self.exchanges else 0,
         )
         # Whether the bulk stage went on in float32: first in the attack that is taken up again.
         state = self.saved.state
         went_on = state is not None and state["sharpened"]
-        self.sharpened = went_on and self._settle_for(single_formats(model))
+        self.sharpened = went_on and self._settle_for(agreed_formats(model, single_formats(model)))
         if not self.sharpened:
             self.keep = self._allot(formats)
         self.lift = self._make_lift() if lifted else None
@@ -156,28 +160,38 @@ class SecondOrderSolver(Attempts):
         self.stuck = False
 
     def _allot(self, formats: Formats) -> str:
-        """Make room for these formats; what stays of the activations between passes."""
-        return allot(
-            self.model,
-            self.candidates,
-            len(self.theta),
-            formats,
-            n=self.n,
-            keep=self.wanted_keep,
-            starts=self.start_bytes,
-        )
+        """Make room for these formats; what stays of the activations between passes.
+
+        Raises:
+            MemoryError: in all processes, if one of them has no room.
+        """
+        refused = given = None
+        try:
+            given = allot(
+                self.model,
+                self.candidates,
+                len(self.theta),
+                formats,
+                n=self.n,
+                keep=self.wanted_keep,
+                starts=self.start_bytes,
+            )
+        except MemoryError as error:
+            refused = error
+        full = torch.tensor([float(given is None)], dtype=torch.float64, device=self.model.device)
+        self.model.sum_over_processes([full])
+        if full > 0:
+            raise refused or MemoryError("another process has no room for its share of the attack")
+        self.model.reserve(given.resident)
+        return given.keep
 
     def _settle_for(self, formats: Formats) -> bool:
         """Change to these formats, if the memory allows; whether it does."""
-        keep = None
-        with contextlib.suppress(MemoryError):
-            keep = self._allot(formats)
-        full = torch.tensor([float(keep is None)], dtype=torch.float64, device=self.model.device)
-        self.model.sum_over_processes([full])  # all of them change, or none
-        if full > 0:
+        try:
+            self.keep = self._allot(formats)
+        except MemoryError:
             return False
         self.bulk, self.products = formats
-        self.keep = keep
         return True
 
     def _lifts(self, wanted: bool | None) -> bool:
@@ -211,7 +225,7 @@ class SecondOrderSolver(Attempts):
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""
         self.model.release(self.bulk)
-        if not self._settle_for(single_formats(self.model)):
+        if not self._settle_for(agreed_formats(self.model, single_formats(self.model))):
             return False
         self.sharpened = True
         if self.lift is not None:
@@ -222,14 +236,21 @@ class SecondOrderSolver(Attempts):
     def solve(self) -> Attempt:
         """Run restarts until one explains the parameters; the best by loss otherwise.
 
-        The first restart, and every one after a restart that gained nothing, begin anew. Any
-        other begins at the best samples so far, with fresh random candidates beside them: most of
-        those samples are right, and each right one leaves d unknowns fewer to search.
+        Searches, message passing while much is missing, and every restart after one that gained
+        nothing begin anew. Any other begins at the best samples so far, with fresh random
+        candidates beside them: most of those samples are right, and each right one leaves d
+        unknowns fewer to search.
 
         Two starts from random candidates hardly ever meet but at true samples. When they agree on
         the samples, the loss that is left is not the candidates' fault (a network whose features
         moved while it trained is never explained exactly), and more restarts would find no more.
         """
+        try:
+            return self._solve()
+        finally:
+            self.model.reserve(None)
+
+    def _solve(self) -> Attempt:
         begun = self._begin()
         for restart in range(begun["restart"], self.restarts):
             best = self.best
@@ -257,10 +278,10 @@ class SecondOrderSolver(Attempts):
             if best.loss <= self.tolerance:
                 break
             if kept is None:
-                # Message passing begins near the same spectral start each time: it can find all but
-                # a sample with a tiny |alpha|, or the same mixture of two, again. So all samples
-                # have to agree, and with two starts.
-                share, others = (1.0, 2) if messages else (AGREEMENT, 1)
+                # Searches and message passing begin in the same outlying directions each time: they
+                # can find all but a sample with a tiny |alpha|, or the same mixture of two, again.
+                # So all samples have to agree, and with two starts.
+                share, others = (1.0, 2) if messages or searched else (AGREEMENT, 1)
                 met = sum(same_samples(attempt.X, X, share=share) for X in self.independent)
                 self.independent.append(attempt.X)
                 if met >= others and same_samples(best.X, attempt.X, share=share):

@@ -1,7 +1,12 @@
-"""The default solver on one problem, with the options that `reconstruct` gives it."""
+"""The default solver on one problem, with the options of `reconstruct`, and parts of it."""
 
 from paperlib.progress import Progress
 from paperlib.second_order import SecondOrderSolver
+
+
+def kept_bytes(point):
+    """Bytes of what an evaluation keeps of its activations."""
+    return sum(array.nbytes for array in point._kept.arrays)
 
 
 def second_order_solver(model, theta, n, **options):

@@ -55,7 +55,7 @@ def test_rows_are_saved_as_they_come(tmp_path, monkeypatch, name, function, row)
 def test_memory_keeps_its_rows_when_a_child_fails(tmp_path, monkeypatch, capsys):
     module, out = program("memory"), tmp_path / "rows.csv"
     names = "predicted", "measured", "peak of the process", "V in float32"
-    row = {f"{name} (MB)": 1.5 for name in names}
+    row = {f"{name} (MB)": 1.5 for name in names} | {"seconds": 1.5, "recovered (0.001)": 2, "n": 3}
     children = [
         subprocess.CompletedProcess([], 1, stderr="killed for memory"),
         subprocess.CompletedProcess([], 0, stdout=json.dumps(row)),

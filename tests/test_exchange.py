@@ -265,7 +265,7 @@ def test_only_near_the_law_are_candidates_exchanged():
         parameters = torch.ones(1, len(X), dtype=DOUBLE) @ chosen.features(X)
         seen = []
 
-        def note(solver, point, restart, seen=seen):
+        def note(solver, point, restart, since, seen=seen):
             seen.append(restart)
             return point
 

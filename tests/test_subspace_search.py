@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from stage_by_stage import second_order_solver
+from stage_by_stage import kept_bytes, second_order_solver
 
 from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
 from paperlib.activations import Activation
@@ -365,7 +365,7 @@ def test_a_search_takes_no_more_than_was_predicted(monkeypatch, n, d, ratio, C):
     def watched(evaluate, Z, **options):
         point = evaluate(Z)
         weights = sum(W.numel() * W.element_size() for _, W in point.model.weight_blocks())
-        taken.append(2 * point._kept.bytes + weights)
+        taken.append(2 * kept_bytes(point) + weights)
         sizes.append(point.model.p)
         return levenberg_marquardt(evaluate, Z, **options)
 
