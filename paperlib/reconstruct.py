@@ -54,7 +54,7 @@ def reconstruct(
         resume: a folder in which the attack is kept while it runs, at most every half minute. An
             attack that was stopped, whatever stopped it, goes on from there when it is called
             again with the same arguments; one that has ended returns its result at once. Only
-            message passing, of the stages, begins anew.
+            message passing or a search, of the stages, begins anew.
         **options: for "levenberg-marquardt": `restarts`, `start`, `max_steps`, `oversampling`,
             `lift`, `bulk`, `keep`, `forcing` (see `second_order_options`); for "published":
             `learning_rate`, `momentum`, `max_steps`, `relu_slope`, `restarts` (see
@@ -157,15 +157,16 @@ def second_order_options(
         watch: progress.
         saved: the file that the attack is kept in, and goes on from.
         restarts: most starts; the best by loss is returned. They end early when the parameters
-            are explained, or when two independent starts found the same samples. If None, 20
-            where all starts are made by message passing, and 5 otherwise.
+            are explained, or when two independent starts found the same samples (three, if they
+            begin alike: searches or message passing). If None, 20 where all starts are made by
+            message passing, and 5 otherwise.
         start: "random" starts from random candidates; "subspace" by searches in the few
             directions that stand out (see `subspace_search.py`) and "messages" by message passing
             (see `message_passing.py`, and for what follows below 2.5 d n, `exchange.py`), which
             both need random features and an activation with a second moment. "auto", where they
             apply: by message passing for p between 1 and 2.5 d n; above, the first start is by
-            searches if those are smaller problems than the whole one (n well below d), and every
-            second one by message passing.
+            searches if those are smaller problems than the whole one (n well below d), the second
+            too if the first led nowhere, and every second other one by message passing.
         max_steps: most linear solves in one stage of one restart.
         oversampling: candidates per sample in the bulk stage (1.3 to 1.5 work best).
         lift: project the linear part off; if None, where the activation has one and p allows.

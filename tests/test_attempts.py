@@ -1,5 +1,7 @@
 """Taking superfluous candidates out where several share a sample; and when restarts agree."""
 
+import weakref
+
 import pytest
 import torch
 from stage_by_stage import second_order_solver
@@ -7,6 +9,7 @@ from stage_by_stage import second_order_solver
 from paperlib import RandomFeatures, sphere
 from paperlib.attempts import Attempt
 from paperlib.elimination import eliminate
+from paperlib.message_passing import Beliefs
 from paperlib.sphere import to_sphere
 
 N, D = 4, 20
@@ -101,3 +104,99 @@ def test_a_finish_that_gave_up_goes_on_where_no_sample_is_missing(monkeypatch):
     found = solver._concluded(point, 0, gave_up=True)
     assert gave_up <= 3 and steps_of(solver, "finish")[1] > 2 * gave_up
     assert solver.tolerance < found.loss <= point.loss
+
+
+def ten_samples(**options):
+    """A solver for p = 3 d n, where searches come first and messages later; and the data."""
+    X = sphere(10, 100, 0).X
+    model = RandomFeatures(100, 3000, "relu")
+    return second_order_solver(model, torch.ones(1, 10) @ model.features(X), 10, **options), X
+
+
+def test_searches_and_messages_that_miss_the_same_sample_do_not_end_the_attack(monkeypatch):
+    """They begin in the same directions, so that nine of ten alike prove nothing."""
+    solver, X = ten_samples(restarts=5)
+    made = []
+
+    def start(name):
+        def attempt(*arguments):
+            made.append(name)
+            last = sphere(10, 100, seed=len(made)).X
+            found = last if name == "random" else torch.cat([X[:9], last[:1]])
+            return Attempt(found, 2e-3, len(made) - 1)
+
+        return attempt
+
+    monkeypatch.setattr(solver, "_attempt_in_subspaces", start("search"))
+    monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
+    monkeypatch.setattr(solver, "_attempt", start("random"))
+    best = solver.solve()
+    assert made == ["search", "search", "random", "messages", "random"] and not best.agreed
+
+
+def test_every_second_start_by_messages_has_free_lengths(monkeypatch):
+    solver, X = ten_samples()
+    seen = []
+
+    class Passing:
+        def __init__(self, *problem, **options):
+            pass
+
+        def begin(self):
+            pass
+
+        def run(self, iterations, *, on_sphere: bool, on_step):
+            seen.append(on_sphere)
+            return Beliefs(X, torch.zeros(10), torch.ones(10, 1), 0.1, 1, "narrow")
+
+        def forget_scores(self):
+            pass
+
+    monkeypatch.setattr("paperlib.attempts.MessagePassing", Passing)
+    monkeypatch.setattr(solver, "_settle", lambda X, restart: None)
+    monkeypatch.setattr(solver, "_concluded", lambda point, restart: None)
+    for restart in (1, 3, 5):  # the others are not made by messages
+        solver._attempt_by_messages(restart, None)
+    assert seen == [True, False, True]
+
+
+def test_v_t_v_is_given_up_before_it_is_made_in_float32(monkeypatch):
+    X = sphere(N, D, 0).X
+    model = RandomFeatures(D, 20 * D * N, "relu")
+    theta = torch.ones(1, N) @ model.features(X)
+    solver = second_order_solver(model, theta, N, lift=True, bulk="bfloat16")
+    near = to_sphere(X + 0.01 * sphere(N, D, 1).X)
+    left = solver._evaluate(near, lifted=False, exact=True)
+    assert solver.tolerance < left.loss <= 1e-3
+    first, alive, make = weakref.ref(solver.lift), [], solver._make_lift
+    rounds = [lambda *_: solver._evaluate(near, lifted=True, exact=False)] * 2
+    monkeypatch.setattr(solver, "_rounds", lambda *_: rounds.pop()())
+    monkeypatch.setattr(solver, "_impatient_finish", lambda best, restart: left)
+    monkeypatch.setattr(solver, "_concluded", lambda point, *_, **__: point)
+
+    def made_anew():
+        alive.append(first() is not None)
+        return make()
+
+    monkeypatch.setattr(solver, "_make_lift", made_anew)
+    solver._attempt_in_subspaces(0)
+    assert alive == [False] and solver.bulk == torch.float32
+
+
+def test_an_attack_cut_off_in_an_exchange_remembers_how_many_gained_nothing(monkeypatch):
+    solver, X = ten_samples()
+    point = solver._evaluate(X, lifted=False, exact=True)
+    trial = {"X": X, "loss": 1e-4, "since": 17}
+    state = {"X": X[:9], "restart": 0, "cut off": {"stage": "exchange"}, "fallback": trial}
+    seen = {}
+    monkeypatch.setattr(solver, "_evaluate", lambda X, **_: point)
+
+    def exchanged(point, restart, since):
+        seen.update(since=since)
+        return point
+
+    monkeypatch.setattr(solver, "_exchanged", exchanged)
+    monkeypatch.setattr(solver, "_reseed", lambda point, *_: point)
+    solver.exchanges = True
+    solver._go_on(state, searched=False)
+    assert seen == {"since": 17}

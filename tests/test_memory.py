@@ -9,7 +9,13 @@ from paperlib import memory
 from paperlib.lift import Lift
 from paperlib.memory import INPUTS, KEPT, NOTHING, PRODUCTS
 from paperlib.message_passing import message_bytes
-from paperlib.precision import Formats, bulk_formats
+from paperlib.precision import (
+    CHOICES,
+    Formats,
+    agreed_formats,
+    bulk_formats,
+    single_formats,
+)
 from paperlib.projection import Linearization
 
 BFLOAT16 = Formats(torch.bfloat16, torch.bfloat16)
@@ -115,6 +121,70 @@ def test_room_that_was_made_is_kept(monkeypatch):
     assert not model.keeps(torch.bfloat16)  # nobody has counted it
     model.reserve(None)
     assert model.keeps(torch.bfloat16)
+
+
+def test_the_exact_copy_gives_way_where_all_copies_would_not_fit(monkeypatch):
+    model = paperlib.RandomFeatures(50, 4000)
+    sizes = (model, 3, 1, FLOAT16)
+    set_free(monkeypatch, 10**8)
+    both, one = (
+        sum(memory.predicted_bytes(*sizes, keep=INPUTS, exact=exact).values())
+        for exact in (True, False)
+    )
+    assert both - one == 800_000
+    for free, resident in ((both, {torch.float16, torch.float32}), (both - 1, {torch.float16})):
+        set_free(monkeypatch, free)
+        assert memory.allot(*sizes, n=3, keep=INPUTS).resident == resident
+    set_free(monkeypatch, one - 1)
+    with pytest.raises(MemoryError, match="needs"):
+        memory.allot(*sizes, n=3, keep=INPUTS)
+
+
+def test_8_bits_are_chosen_only_where_the_copy_stays(monkeypatch):
+    """V takes 2.4 MB in float32 and is there; 0.6 in 8 bits."""
+    monkeypatch.setattr("paperlib.precision.fast_int8", lambda device: True)
+    model = paperlib.RandomFeatures(600, 1000, placement="auto")
+    set_free(monkeypatch, 10**8)
+    list(model.weight_blocks())
+    for free, products in ((1_100_000, torch.int8), (900_000, torch.float32)):
+        set_free(monkeypatch, free)
+        assert single_formats(model) == Formats(torch.float32, products)
+
+
+@pytest.mark.parametrize("other", [BFLOAT16, FLOAT32])
+def test_processes_take_the_same_formats(monkeypatch, other):
+    model = paperlib.RandomFeatures(50, 4000)
+
+    def add_votes(tensors):
+        tensors[0][CHOICES.index(other)] += 1
+
+    monkeypatch.setattr(model, "sum_over_processes", add_votes)
+    agreed = BFLOAT16 if other == BFLOAT16 else FLOAT32
+    assert agreed_formats(model, BFLOAT16) == agreed
+
+
+def test_no_process_begins_where_another_has_no_room(monkeypatch):
+    data = paperlib.sphere(3, 40, seed=1)
+    model = paperlib.RandomFeatures(40, 600)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+
+    def refused_elsewhere(tensors):
+        if tensors[0].shape == (1,):  # whether there is no room
+            tensors[0] += 1
+
+    monkeypatch.setattr(model, "sum_over_processes", refused_elsewhere)
+    with pytest.raises(MemoryError, match="another process has no room"):
+        paperlib.reconstruct(model, theta, 3, progress=False)
+
+
+def test_a_run_whose_exchanges_would_not_fit_is_refused(monkeypatch):
+    data = paperlib.sphere(3, 40, seed=1)
+    model = paperlib.RandomFeatures(40, 240, placement="streamed")  # p = 2 d n
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    monkeypatch.setattr("paperlib.second_order.exchange_bytes", lambda *sizes: 10**9)
+    set_free(monkeypatch, 10**8)
+    with pytest.raises(MemoryError, match="activations 1 GB"):
+        paperlib.reconstruct(model, theta, 3, progress=False)
 
 
 def test_a_limit_of_the_users_counts_what_the_process_has_taken(monkeypatch):
