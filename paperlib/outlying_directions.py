@@ -51,9 +51,9 @@ class SecondMoment:
         """
         self.model, self.dtype, self.passes = model, dtype, 0
         C, held = len(Y), Y[:, model.held]
-        # In float64, without copies: Y can be as large as the features.
-        norms = torch.linalg.vector_norm(held, dim=1, dtype=torch.float64)
-        sums = torch.stack([held.sum(1, dtype=torch.float64), norms.square()])
+        # Row by row, since Y can be as large as the features.
+        rows = (row.double() for row in held)
+        sums = torch.stack([torch.stack([row.sum(), row.square().sum()]) for row in rows], 1)
         model.sum_over_processes([sums])
         mean, square = sums / model.p
         self.centred = Y - mean.to(Y.dtype)[:, None]

@@ -48,7 +48,8 @@ SAME = 0.9
 AGREEMENT = 0.9
 
 # Message passing makes the starts below this many numbers per unknown, and every second one above,
-# where searches do not (chapter 11). It needs the second moment of the activation, and identifiable data.
+# where searches do not (chapter 11). It needs the second moment of the activation, and identifiable
+# data.
 NEAR = 2.5
 LEAST_SECOND_MOMENT = 1e-2
 
