@@ -25,6 +25,9 @@ from paperlib.sphere import random_on_sphere
 from paperlib.stages import PROMISING, Stages, stage_record
 from paperlib.subspace_search import SubspaceSearch
 
+# How a search is named in the log.
+SEARCH = "search in a subspace"
+
 # Most iterations of one start by message passing.
 ITERATIONS = 600
 
@@ -252,13 +255,13 @@ class Attempts(Stages):
 
     def _search(self, search: SubspaceSearch, best: Linearization | None, restart: int) -> Tensor:
         """Candidates (n, d) from one search, logged."""
-        name, before = "search in a subspace", search.passes
-        begun = self._announce(name, restart)
+        before = search.passes
+        begun = self._announce(SEARCH, restart)
         X = search.first() if best is None else search.next(best)
         seconds, passes = time.perf_counter() - begun, round(search.passes - before)
         self._log(
             stage_record(
-                name, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart
+                SEARCH, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart
             )
         )
         return X

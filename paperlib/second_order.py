@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.attempts import Attempt, Attempts
+from paperlib.attempts import SEARCH, Attempt, Attempts
 from paperlib.exchange import exchange_bytes
 from paperlib.feature_map import FeatureMap
 from paperlib.law import numbers_per_unknown
@@ -140,7 +140,7 @@ class SecondOrderSolver(Attempts):
             start == "auto" and possible and liftable and small and self.ratio >= NEAR
         )
         # Searches come first, twice if need be.
-        others = 3 if self.searches else 1
+        others = 2 if self.searches else 1
         sent = self.always_messages or (self.messages and restarts > others)
         self.wanted_keep = keep
         size = n, len(theta), model.p, model.d
@@ -260,8 +260,11 @@ class SecondOrderSolver(Attempts):
             # What a search leads to depends on its random start, so one that failed is made anew.
             again = restart == 1 and not promising
             searched = self.always_searches or (self.searches and (restart == 0 or again))
-            # Where little is missing, more candidates beside the best come before messages.
-            sent = self.messages and restart % 2 == 1 and (self.stuck or not promising)
+            # Then every second start is by messages; where little is missing, more candidates
+            # beside the best come before them.
+            made = self._searches_before(restart)
+            turn = (restart - made) % 2 == (0 if made else 1)
+            sent = self.messages and turn and (self.stuck or not promising)
             messages = self.always_messages or (sent and not searched)
             if searched or (messages and not promising):
                 kept = None
@@ -290,6 +293,11 @@ class SecondOrderSolver(Attempts):
                     break
             self.saved.keep(self.state() | {"restart": restart + 1})
         return self.best
+
+    def _searches_before(self, restart: int) -> int:
+        """How many of the restarts before this one were made by searches."""
+        logged = (stage for stage in self.stages if stage["stage"] == SEARCH)
+        return len({stage["restart"] for stage in logged if stage["restart"] < restart})
 
     def _begin(self) -> dict[str, Any]:
         """The state to begin at: of a process that was stopped, or of none."""

@@ -7,10 +7,11 @@ import torch
 from stage_by_stage import second_order_solver
 
 from paperlib import RandomFeatures, sphere
-from paperlib.attempts import Attempt
+from paperlib.attempts import SEARCH, Attempt
 from paperlib.elimination import eliminate
 from paperlib.message_passing import Beliefs
 from paperlib.sphere import to_sphere
+from paperlib.stages import stage_record
 
 N, D = 4, 20
 
@@ -121,6 +122,10 @@ def test_searches_and_messages_that_miss_the_same_sample_do_not_end_the_attack(m
     def start(name):
         def attempt(*arguments):
             made.append(name)
+            if name == "search":
+                solver._log(
+                    stage_record(SEARCH, solver.bulk, "done", 1.0, 14, 9, 0.1, len(made) - 1)
+                )
             last = sphere(10, 100, seed=len(made)).X
             found = last if name == "random" else torch.cat([X[:9], last[:1]])
             return Attempt(found, 2e-3, len(made) - 1)
@@ -131,7 +136,7 @@ def test_searches_and_messages_that_miss_the_same_sample_do_not_end_the_attack(m
     monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
     monkeypatch.setattr(solver, "_attempt", start("random"))
     best = solver.solve()
-    assert made == ["search", "search", "random", "messages", "random"] and not best.agreed
+    assert made == ["search", "search", "messages", "random", "messages"] and not best.agreed
 
 
 def test_every_second_start_by_messages_has_free_lengths(monkeypatch):
