@@ -25,8 +25,8 @@ from paperlib.sphere import random_on_sphere
 from paperlib.stages import PROMISING, Stages, stage_record
 from paperlib.subspace_search import SubspaceSearch
 
-# How a search is named in the log.
-SEARCH = "search in a subspace"
+# How two of the stages that a start can be made by are named in the log.
+SEARCH, MESSAGES = "search in a subspace", "message passing"
 
 # Most iterations of one start by message passing.
 ITERATIONS = 600
@@ -275,8 +275,8 @@ class Attempts(Stages):
         In every second of these the lengths of the means are free (see `MessagePassing.run`). The
         means know their signs, and p near d n has no d equations to spare for a lift.
         """
-        name = "message passing"
-        earlier = sum(stage["stage"] == name for stage in self.stages)
+        name = MESSAGES
+        earlier = self._starts_by(name, restart)
         begun = self._announce(name, restart)
         if self.passing is None:
             shared = self.lift is not None and self.lift.dtype == self.bulk
@@ -304,6 +304,11 @@ class Attempts(Stages):
         self._log(stage_record(name, self.bulk, ended, share, self.n, passes, seconds, restart))
         self.eliminated = []
         return self._concluded(self._settle(beliefs.X.to(self.theta), restart), restart)
+
+    def _starts_by(self, name: str, restart: int) -> int:
+        """How many of the restarts before this one were made by a stage of that name."""
+        logged = (stage for stage in self.stages if stage["stage"] == name)
+        return len({stage["restart"] for stage in logged if stage["restart"] < restart})
 
     def _go_on(self, state: dict[str, Any], *, searched: bool) -> Attempt:
         """The rest of an attempt that was cut off in a stage."""

@@ -152,7 +152,7 @@ class SecondOrderSolver(Attempts):
         # Whether the bulk stage went on in float32: first in the attack that is taken up again.
         state = self.saved.state
         went_on = state is not None and state["sharpened"]
-        self.sharpened = went_on and self._settle_for(agreed_formats(model, single_formats(model)))
+        self.sharpened = went_on and self._settle_for_single()
         if not self.sharpened:
             self.keep = self._allot(formats)
         self.lift = self._make_lift() if lifted else None
@@ -186,8 +186,9 @@ class SecondOrderSolver(Attempts):
         self.model.reserve(given.resident)
         return given.keep
 
-    def _settle_for(self, formats: Formats) -> bool:
-        """Change to these formats, if the memory allows; whether it does."""
+    def _settle_for_single(self) -> bool:
+        """Change to the formats that go on in float32, if the memory allows; whether it does."""
+        formats = agreed_formats(self.model, single_formats(self.model))
         try:
             self.keep = self._allot(formats)
         except MemoryError:
@@ -226,7 +227,7 @@ class SecondOrderSolver(Attempts):
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""
         self.model.release(self.bulk)
-        if not self._settle_for(agreed_formats(self.model, single_formats(self.model))):
+        if not self._settle_for_single():
             return False
         self.sharpened = True
         if self.lift is not None:
@@ -262,7 +263,7 @@ class SecondOrderSolver(Attempts):
             searched = self.always_searches or (self.searches and (restart == 0 or again))
             # Then every second start is by messages; where little is missing, more candidates
             # beside the best come before them.
-            made = self._searches_before(restart)
+            made = self._starts_by(SEARCH, restart)
             turn = (restart - made) % 2 == (0 if made else 1)
             sent = self.messages and turn and (self.stuck or not promising)
             messages = self.always_messages or (sent and not searched)
@@ -293,11 +294,6 @@ class SecondOrderSolver(Attempts):
                     break
             self.saved.keep(self.state() | {"restart": restart + 1})
         return self.best
-
-    def _searches_before(self, restart: int) -> int:
-        """How many of the restarts before this one were made by searches."""
-        logged = (stage for stage in self.stages if stage["stage"] == SEARCH)
-        return len({stage["restart"] for stage in logged if stage["restart"] < restart})
 
     def _begin(self) -> dict[str, Any]:
         """The state to begin at: of a process that was stopped, or of none."""

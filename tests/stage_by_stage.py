@@ -1,7 +1,9 @@
 """The default solver on one problem, with the options of `reconstruct`, and parts of it."""
 
+from paperlib.attempts import SEARCH, Attempt
 from paperlib.progress import Progress
 from paperlib.second_order import SecondOrderSolver
+from paperlib.stages import stage_record
 
 
 def kept_bytes(point):
@@ -25,3 +27,26 @@ def second_order_solver(model, theta, n, **options):
         "progress": Progress(False),
     }
     return SecondOrderSolver(model, theta, n, **defaults | options)
+
+
+def with_outcomes(solver, monkeypatch, outcome):
+    """Put `outcome(kind, k)`, samples and loss of start k, in place of all starts of a solver.
+
+    Returns the kinds, "search", "messages" or "random", of the starts as they are made.
+    """
+    made = []
+
+    def start(kind):
+        def attempt(*arguments):
+            k = len(made)
+            made.append(kind)
+            if kind == "search":  # the order of starts follows from the log
+                solver._log(stage_record(SEARCH, solver.bulk, "done", 1.0, 14, 9, 0.1, k))
+            return Attempt(*outcome(kind, k), k)
+
+        return attempt
+
+    monkeypatch.setattr(solver, "_attempt_in_subspaces", start("search"))
+    monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
+    monkeypatch.setattr(solver, "_attempt", start("random"))
+    return made

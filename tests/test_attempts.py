@@ -4,14 +4,13 @@ import weakref
 
 import pytest
 import torch
-from stage_by_stage import second_order_solver
+from stage_by_stage import second_order_solver, with_outcomes
 
 from paperlib import RandomFeatures, sphere
-from paperlib.attempts import SEARCH, Attempt
+from paperlib.attempts import Attempt
 from paperlib.elimination import eliminate
 from paperlib.message_passing import Beliefs
 from paperlib.sphere import to_sphere
-from paperlib.stages import stage_record
 
 N, D = 4, 20
 
@@ -117,24 +116,12 @@ def ten_samples(**options):
 def test_searches_and_messages_that_miss_the_same_sample_do_not_end_the_attack(monkeypatch):
     """They begin in the same directions, so that nine of ten alike prove nothing."""
     solver, X = ten_samples(restarts=5)
-    made = []
 
-    def start(name):
-        def attempt(*arguments):
-            made.append(name)
-            if name == "search":
-                solver._log(
-                    stage_record(SEARCH, solver.bulk, "done", 1.0, 14, 9, 0.1, len(made) - 1)
-                )
-            last = sphere(10, 100, seed=len(made)).X
-            found = last if name == "random" else torch.cat([X[:9], last[:1]])
-            return Attempt(found, 2e-3, len(made) - 1)
+    def outcome(kind, k):
+        others = sphere(10, 100, seed=k + 1).X
+        return others if kind == "random" else torch.cat([X[:9], others[:1]]), 2e-3
 
-        return attempt
-
-    monkeypatch.setattr(solver, "_attempt_in_subspaces", start("search"))
-    monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
-    monkeypatch.setattr(solver, "_attempt", start("random"))
+    made = with_outcomes(solver, monkeypatch, outcome)
     best = solver.solve()
     assert made == ["search", "search", "messages", "random", "messages"] and not best.agreed
 

@@ -151,15 +151,17 @@ def test_8_bits_are_chosen_only_where_the_copy_stays(monkeypatch):
         assert single_formats(model) == Formats(torch.float32, products)
 
 
-@pytest.mark.parametrize("other", [BFLOAT16, FLOAT32])
-def test_processes_take_the_same_formats(monkeypatch, other):
+@pytest.mark.parametrize(
+    ("other", "agreed"),
+    [(BFLOAT16, BFLOAT16), (FLOAT32, FLOAT32), (Formats(torch.float32, torch.int8), FLOAT32)],
+)
+def test_processes_take_the_same_formats(monkeypatch, other, agreed):
     model = paperlib.RandomFeatures(50, 4000)
 
     def add_votes(tensors):
         tensors[0][CHOICES.index(other)] += 1
 
     monkeypatch.setattr(model, "sum_over_processes", add_votes)
-    agreed = BFLOAT16 if other == BFLOAT16 else FLOAT32
     assert agreed_formats(model, BFLOAT16) == agreed
 
 

@@ -4,18 +4,16 @@ import math
 
 import pytest
 import torch
-from stage_by_stage import kept_bytes, second_order_solver
+from stage_by_stage import kept_bytes, second_order_solver, with_outcomes
 
 from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
 from paperlib.activations import Activation
-from paperlib.attempts import SEARCH, Attempt
 from paperlib.given_features import GivenFeatures
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.outlying_directions import BEYOND, krylov_space, outlying_directions
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere
-from paperlib.stages import stage_record
 from paperlib.subspace import SubspaceFeatures
 from paperlib.subspace_search import (
     SampledSubspace,
@@ -317,23 +315,9 @@ def test_a_search_that_leads_nowhere_is_made_anew_before_any_other_start(
     theta = fit_min_norm(model, data.X, data.y)
     solver = second_order_solver(model, theta, 10, restarts=len(losses))
     assert solver.searches and solver.messages and not solver.always_messages
-    made = []
-
-    def start(name):
-        def attempt(*arguments):
-            made.append(name)
-            if name == "search":
-                solver._log(
-                    stage_record(SEARCH, solver.bulk, "done", 1.0, 14, 9, 0.1, len(made) - 1)
-                )
-            X = sphere(10, 100, len(made)).X  # no two alike
-            return Attempt(X, losses[len(made) - 1], len(made) - 1)
-
-        return attempt
-
-    monkeypatch.setattr(solver, "_attempt_in_subspaces", start("search"))
-    monkeypatch.setattr(solver, "_attempt_by_messages", start("messages"))
-    monkeypatch.setattr(solver, "_attempt", start("random"))
+    # No two are alike.
+    outcomes = [(sphere(10, 100, k + 1).X, loss) for k, loss in enumerate(losses)]
+    made = with_outcomes(solver, monkeypatch, lambda kind, k: outcomes[k])
     solver.solve()
     assert made == order
 
