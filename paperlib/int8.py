@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from paperlib import few_rows
 from paperlib.instructions import fast_int8
 
 LARGEST = 127
@@ -68,12 +69,19 @@ class Int8Rows:
 
     def whole_project(self, A: Int8Rows) -> Tensor:
         """A V^T, (m, h), of the whole numbers: without the scales of the rows of either."""
+        if few_rows.takes(A.values, self.values):
+            return few_rows.project(A.values, self.values)
         return multiply(A.values, self.values.T)
 
     def whole_combine(self, W: Tensor) -> Tensor:
         """W V, (m, d), of the whole numbers of V: its scales are in W (m, h) already."""
-        values, scale = rounded(W)
-        return multiply(values, self.values).mul_(scale)
+        return self.combine_rounded(Int8Rows.of(W))
+
+    def combine_rounded(self, W: Int8Rows) -> Tensor:
+        """The same of a W that is rounded already."""
+        takes = few_rows.takes(W.values, self.values)
+        product = (few_rows.combine if takes else multiply)(W.values, self.values)
+        return product.mul_(W.scale[:, None])
 
 
 def rounded(A: Tensor) -> tuple[Tensor, Tensor]:

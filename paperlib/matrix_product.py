@@ -1,6 +1,7 @@
 """The two products of a pass with a tile of V: A V^T and W V, where A and W have few rows.
 
-torch comes with two libraries for them on x86 processors. `A @ B` in float32 calls MKL, which
+On processors with AVX-512 the kernels of `few_rows.py` take them, where there is a compiler.
+Otherwise torch has two libraries for them on x86 processors. `A @ B` in float32 calls MKL, which
 copies the right factor, here V, into another order first: with few rows on its left, that takes
 longer than the product. oneDNN, which torch calls from compiled modules, makes a kernel for the
 very shapes and reads V as it lies. With AVX-512 it takes from two thirds to half of MKL's time for
@@ -16,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from paperlib import few_rows
 from paperlib.instructions import fast_kernels
 
 # Multiplications from which on oneDNN's kernel makes good for what calling it takes.
@@ -28,6 +30,8 @@ FEW_ROWS, FEW_ROWS_DIMENSION = range(8, 64), 512
 
 def project(A: Tensor, V: Tensor) -> Tensor:
     """A V^T, (m, h), for A of shape (m, d) and V of shape (h, d), of one dtype."""
+    if few_rows.takes(A, V):
+        return few_rows.project(A, V)
     linear = _kernel(A, V)
     if linear:
         return linear(A, V)
@@ -38,9 +42,15 @@ def project(A: Tensor, V: Tensor) -> Tensor:
 
 
 def combine(W: Tensor, V: Tensor) -> Tensor:
-    """W V, (m, d), for W of shape (m, h) and V of shape (h, d), of one dtype."""
+    """W V, (m, d), for W of shape (m, h) and V of shape (h, d), of one dtype.
+
+    Sums over features in bfloat16 come in float32, to be added to those of other tiles.
+    """
+    if few_rows.takes(W, V):
+        return few_rows.combine(W, V)
     linear = _kernel(W, V)
-    return linear(W, V.T) if linear else W @ V
+    product = linear(W, V.T) if linear else W @ V
+    return product.float() if product.dtype == torch.bfloat16 else product
 
 
 def _kernel(A: Tensor, V: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:

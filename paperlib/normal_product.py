@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paperlib import between_products
 from paperlib.int8 import Int8Rows
 from paperlib.random_features import RandomFeatureBlock
 
@@ -48,14 +49,19 @@ class NormalProduct:
         if block.in_int8:
             if self.rounded is None:
                 self.rounded = Int8Rows.of(self.sent)
-            rows = self.rounded.scale[:, None]
             U = V.whole_project(self.rounded)
+        else:
+            U = block.project(self.sent)
+        if between_products.takes(U, features, state, self.outputs):
+            return self._add_at_once(block, U, features, state)
+
+        if block.in_int8:
+            rows = self.rounded.scale[:, None]
             T = (self.alpha * rows[:n]).T @ U[:n].mul_(state)
             if len(U) > n:
                 T += rows[n:] * U[n:]
             T *= V.scale
         else:
-            U = block.project(self.sent)
             T = self.alpha.T @ U[:n].mul_(state)
             if len(U) > n:
                 T += U[n:]
@@ -72,6 +78,20 @@ class NormalProduct:
         if len(U) > n:
             U[n:] = back
         self.HX += V.whole_combine(U) if block.in_int8 else block.combine(U)
+
+    def _add_at_once(
+        self, block: RandomFeatureBlock, U: Tensor, features: Tensor, state: Tensor
+    ) -> None:
+        """The same from U on, by the kernel for one output."""
+        n, V = self.n, block.weights
+        alpha, da, linear, scales = self.alpha[:, 0], self.da[:, 0], 1.0, None
+        if block.in_int8:
+            rows, scales = self.rounded.scale, V.scale
+            alpha = alpha * rows[:n]
+            linear = float(rows[n]) if len(U) > n else 0.0
+        W, Ha = between_products.turn(U, features, state, alpha, da, linear=linear, scales=scales)
+        self.Ha += Ha[:, None]
+        self.HX += V.combine_rounded(W) if block.in_int8 else block.combine(W)
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:

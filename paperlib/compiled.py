@@ -1,0 +1,89 @@
+"""C++ of this package, compiled when it is first needed, for the processor that it runs on.
+
+As `torch.compile` does, with the compiler of the machine: a wheel would have to be built for every
+kind of processor. What was compiled is kept in the user's cache folder (`$XDG_CACHE_HOME/paperlib`)
+and found there by its source, the compiler, and what the processor has. Without a compiler, or with
+PAPERLIB_COMPILE=0, everything runs without it, more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from paperlib.replace_file import replace_file
+
+# "0" turns it off.
+SWITCH_VARIABLE = "PAPERLIB_COMPILE"
+
+# Products with OpenMP run on the threads of torch, whose library of that name is loaded already.
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
+
+
+@lru_cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The functions of a source file beside this one, None where it cannot be compiled.
+
+    Warns if there is a compiler and it fails: that is worth knowing, and stops nobody.
+    """
+    command = _compiler()
+    if command is None:
+        return None
+    source = Path(__file__).with_name(name)
+    made = [*command, *FLAGS]
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    parts = [source.read_text(), made, sorted(processor.items())]
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    kept = cache_folder() / f"{source.stem}-{key}.so"
+    try:
+        return ctypes.CDLL(str(kept))
+    except OSError:
+        pass  # not there yet, or unfinished business of another system
+    with tempfile.TemporaryDirectory(prefix="paperlib-") as folder:
+        fresh = Path(folder, kept.name)
+        try:
+            subprocess.run(
+                [*made, "-o", str(fresh), str(source)], check=True, capture_output=True, text=True
+            )
+            loaded = ctypes.CDLL(str(fresh))
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            warnings.warn(
+                f"{shlex.join(command)} could not compile {name}, so products will be slower "
+                f"({SWITCH_VARIABLE}=0 does without):\n{said[-2000:]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(kept, fresh.read_bytes())
+        except OSError:
+            pass  # compiled again next time
+    return loaded
+
+
+def cache_folder() -> Path:
+    """Where compiled files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "paperlib"
+
+
+def _compiler() -> list[str] | None:
+    """The command of the C++ compiler, as in CXX or of the usual name; None if there is none."""
+    if os.environ.get(SWITCH_VARIABLE) == "0" or os.name != "posix":
+        return None
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    return [found] if found else None

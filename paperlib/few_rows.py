@@ -1,0 +1,78 @@
+"""The two products of a pass, A V^T and W V, in kernels for an A and a W of few rows.
+
+The libraries that torch comes with are made for large matrices. With few rows, most of their time
+goes into bringing V, the large factor, into another order first, or into reading it in pieces too
+small for the memory; so products with one to a hundred candidates run at a third to two thirds of
+the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
+for what comes next while they multiply. They need AVX-512 and a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from paperlib.compiled import library
+from paperlib.instructions import bfloat16_units, fast_kernels
+
+SOURCE = "few_rows.cpp"
+
+# From this dimension on, up to so many rows, and from so many multiplications on they are faster
+# than the libraries.
+LEAST_DIMENSION, MOST_ROWS, WORTHWHILE = 512, 256, 1_000_000
+
+# So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
+MOST_TERMS = (2**31 - 1) // (255 * 127)
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
+def takes(A: Tensor, V: Tensor) -> bool:
+    """Whether the kernels multiply A, with rows as V has them or with a column a row of V."""
+    if V.device.type != "cpu" or A.dtype != V.dtype:
+        return False
+    h, d = V.shape
+    if d < LEAST_DIMENSION or len(A) > MOST_ROWS or len(A) * h * d < WORTHWHILE:
+        return False
+    if not V.is_contiguous():
+        return False
+    if torch.is_grad_enabled() and (A.requires_grad or V.requires_grad):
+        return False  # they have no derivative
+    if V.dtype == torch.int8 and A.shape[1] > MOST_TERMS:
+        return False
+    return available(V.dtype)
+
+
+def project(A: Tensor, V: Tensor) -> Tensor:
+    """A V^T, (m, h), for A (m, d) and V (h, d); of int8 in float32, else in their dtype."""
+    out = A.new_empty(len(A), len(V), dtype=torch.float32 if A.dtype == torch.int8 else A.dtype)
+    return _call("project", A, V, out)
+
+
+def combine(W: Tensor, V: Tensor) -> Tensor:
+    """W V, (m, d), for W (m, h) and V (h, d), in float32."""
+    return _call("combine", W, V, W.new_empty(len(W), V.shape[1], dtype=torch.float32))
+
+
+def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
+    A = A.contiguous()
+    kernel = getattr(library(SOURCE), f"{product}_{NAMES[V.dtype]}")
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (A, V, out)]
+    kernel(*addresses, *map(ctypes.c_long, (len(A), *V.shape)), torch.get_num_threads())
+    return out
+
+
+@lru_cache
+def available(dtype: torch.dtype) -> bool:
+    """Whether this machine has kernels for the dtype that are worth using."""
+    cpu = torch.device("cpu")
+    if dtype not in NAMES or not fast_kernels(cpu):
+        return False
+    # Matrix units multiply faster than these kernels do.
+    if dtype != torch.float32 and bfloat16_units(cpu):
+        return False
+    compiled = library(SOURCE)
+    return compiled is not None and hasattr(compiled, f"project_{NAMES[dtype]}")

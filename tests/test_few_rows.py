@@ -1,0 +1,139 @@
+"""The kernels for few rows: the products of wider numbers, whatever the sizes and the threads."""
+
+import pytest
+import torch
+
+import paperlib
+from paperlib import few_rows
+from paperlib.few_rows import LEAST_DIMENSION, MOST_ROWS, MOST_TERMS, WORTHWHILE
+
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.int8: 0}
+AVAILABLE = [dtype for dtype in TOLERANCES if few_rows.available(dtype)]
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX-512 and a C++ compiler")
+
+# (rows of A, rows of V, d): every remainder of blocks, panels, strips and chunks of rows.
+SHAPES = [(m, 4 * m + 1, 40 + m) for m in range(1, 31)]
+SHAPES += [(3, 700, 512), (31, 257, 640), (14, 1025, 65), (1, 2049, 31), (140, 300, 97)]
+
+
+@pytest.fixture(params=AVAILABLE, ids=str)
+def dtype(request):
+    return request.param
+
+
+def random(dtype, *shape, seed=0):
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    if dtype == torch.int8:
+        numbers = (60 * numbers).round().clamp(-127, 127)
+    return numbers.to(dtype)
+
+
+def factors(dtype, m, h, d):
+    """A (m, d), W (m, h) and V (h, d)."""
+    return random(dtype, m, d), random(dtype, m, h, seed=1), random(dtype, h, d, seed=2)
+
+
+def error(found, exact):
+    assert found.shape == exact.shape
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_wider_numbers(dtype, shape):
+    A, W, V = factors(dtype, *shape)
+    assert error(few_rows.project(A, V), A.double() @ V.double().T) <= TOLERANCES[dtype]
+    # Sums over features are not rounded to bfloat16.
+    exact = min(TOLERANCES[dtype], 1e-6)
+    assert error(few_rows.combine(W, V), W.double() @ V.double()) <= exact
+
+
+def test_a_row_does_not_depend_on_the_others(dtype):
+    A, W, V = factors(dtype, 31, 600, 700)
+    projected, combined = few_rows.project(A, V), few_rows.combine(W, V)
+    for i in (0, 6, 30):
+        assert torch.equal(few_rows.project(A[i : i + 1], V)[0], projected[i])
+        assert torch.equal(few_rows.combine(W[i : i + 1], V)[0], combined[i])
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_nor_on_the_number_of_threads(dtype, threads):
+    A, W, V = factors(dtype, 9, 601, 777)
+    alone = few_rows.project(A, V), few_rows.combine(W, V)
+    torch.set_num_threads(threads)
+    try:
+        together = few_rows.project(A, V), few_rows.combine(W, V)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, alone, together))
+
+
+def test_largest_sums_of_whole_numbers_do_not_overflow():
+    if torch.int8 not in AVAILABLE:
+        pytest.skip("no instructions for 8 bits")
+    ones = torch.full((2, MOST_TERMS), 127, dtype=torch.int8)
+    for sign in (1, -1):
+        found = few_rows.project(sign * ones[:1], ones)
+        assert found.tolist() == [[pytest.approx(sign * 127.0**2 * MOST_TERMS)] * 2]
+        turned = ones.T.contiguous()
+        assert few_rows.combine(sign * ones, turned).unique().tolist() == [
+            pytest.approx(sign * 127.0**2 * MOST_TERMS)
+        ]
+    assert not few_rows.takes(ones.new_ones(1, MOST_TERMS + 1), ones.new_ones(600, MOST_TERMS + 1))
+
+
+def test_left_factors_may_lie_anyhow(dtype):
+    A, W, V = factors(dtype, 5, 300, 200)
+    assert torch.equal(few_rows.project(A.T.contiguous().T, V), few_rows.project(A, V))
+    assert torch.equal(few_rows.combine(torch.cat([W, W], 1)[:, :300], V), few_rows.combine(W, V))
+
+
+def test_they_take_what_they_are_faster_for_and_can_do():
+    d, h = LEAST_DIMENSION, WORTHWHILE // LEAST_DIMENSION + 1
+    A, W, V = factors(torch.float32, 3, h, d)
+    takes = few_rows.takes
+    assert takes(A, V) and takes(W, V)
+    assert not takes(A.double(), V.double())
+    assert not takes(A, V.half().float().T.contiguous().T)  # columns are not rows
+    assert not takes(A[:, 1:].contiguous(), V[:, 1:].contiguous())
+    assert not takes(A[:1], V[: h // 2])
+    assert not takes(A[:1].expand(MOST_ROWS + 1, -1), V)
+    assert not takes(A.clone().requires_grad_(), V)
+    with torch.no_grad():
+        assert takes(A.clone().requires_grad_(), V)
+    assert not takes(A.to("meta"), V.to("meta"))
+
+
+def test_matrix_units_are_left_to_the_libraries(monkeypatch):
+    monkeypatch.setattr(few_rows, "bfloat16_units", lambda device: True)
+    few_rows.available.cache_clear()
+    try:
+        assert few_rows.available(torch.float32)
+        assert not few_rows.available(torch.bfloat16) and not few_rows.available(torch.int8)
+    finally:
+        few_rows.available.cache_clear()
+
+
+def test_an_attack_ends_the_same_with_and_without_them(monkeypatch):
+    data = paperlib.sphere(3, 520, seed=3)
+    model = paperlib.RandomFeatures(520, 10 * 3 * 520, seed=5)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    calls = []
+    monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+    kernel = few_rows._call
+    monkeypatch.setattr(
+        few_rows, "_call", lambda *arguments: calls.append(arguments[0]) or kernel(*arguments)
+    )
+
+    def attack():
+        record = paperlib.reconstruct(model, theta, 3, seed=1, start="random", progress=False)
+        return record, paperlib.compare(data.X, record.samples)
+
+    record, errors = attack()
+    assert set(calls) == {"project", "combine"}
+    calls.clear()
+    monkeypatch.setattr(few_rows, "takes", lambda A, V: False)
+    other, others = attack()
+    assert not calls
+    assert record.explained and other.explained
+    assert max(errors.signed.max(), others.signed.max()) < 1e-3
