@@ -19,7 +19,9 @@ inline __m512 load(const uint16_t *p, __mmask16 mask) { // bfloat16
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-inline void store(float *p, __m512 values, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, values); }
+inline void store(float *p, __m512 values, __mmask16 mask) {
+  _mm512_mask_storeu_ps(p, mask, values);
+}
 inline void store(uint16_t *p, __m512 values, __mmask16 mask) { // ties to even
   const __m512i bits = _mm512_castps_si512(values);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -54,8 +54,8 @@ struct Float32 {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(a), c);
   }
   static __m512i of_v(__m512i v) { return v; }
-  static float offset(const number *, long) { return 0; }
-  static __m512 as_float(sums c) { return c; }
+  static int32_t offset(const number *, long) { return 0; }
+  static __m512 as_float(sums c, int32_t) { return c; }
 
   // 32 columns of a row.
   static void order(const number *V, long d, __m512i &v, __m512i &u) {
@@ -80,8 +80,8 @@ struct Bfloat16 {
     return _mm512_dpbf16_ps(c, (__m512bh)v, (__m512bh)a);
   }
   static __m512i of_v(__m512i v) { return v; }
-  static float offset(const number *, long) { return 0; }
-  static __m512 as_float(sums c) { return c; }
+  static int32_t offset(const number *, long) { return 0; }
+  static __m512 as_float(sums c, int32_t) { return c; }
 
   // 32 columns of a pair of rows, pair by pair.
   static void order(const number *V, long d, __m512i &v, __m512i &u) {
@@ -112,12 +112,14 @@ struct Int8 {
     return c;
   }
   static __m512i of_v(__m512i v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
-  static float offset(const number *a, long count) {
-    long sum = 0;
+  static int32_t offset(const number *a, long count) {
+    int32_t sum = 0;
     for (long k = 0; k < count; k++) sum += a[k];
-    return 128.0f * sum;
+    return 128 * sum;
   }
-  static __m512 as_float(sums c) { return _mm512_cvtepi32_ps(c); }
+  static __m512 as_float(sums c, int32_t offset) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(c, _mm512_set1_epi32(offset)));
+  }
 
   // 32 columns of four rows, four by four.
   static void order(const number *V, long d, __m512i &v, __m512i &u) {
@@ -146,13 +148,25 @@ inline __m512i load_once(const void *p) {
   return loaded;
 }
 
-// The totals of four registers.
-inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
+// The totals of four registers, less an offset.
+inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d, int32_t) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m512 all = _mm512_add_ps(low, high);
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline __m128 totals(__m512i a, __m512i b, __m512i c, __m512i d, int32_t offset) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i low = _mm512_unpacklo_epi64(ab, cd), high = _mm512_unpackhi_epi64(ab, cd);
+  const __m512i all = _mm512_add_epi32(low, high);
+  const __m256i left = _mm512_castsi512_si256(all), right = _mm512_extracti32x8_epi32(all, 1);
+  const __m256i half = _mm256_add_epi32(left, right);
+  const __m128i first = _mm256_castsi256_si128(half), second = _mm256_extracti128_si256(half, 1);
+  const __m128i sum = _mm_add_epi32(first, second);
+  return _mm_cvtepi32_ps(_mm_sub_epi32(sum, _mm_set1_epi32(offset)));
 }
 
 inline void put(float *out, __m128 values, int count) {
@@ -171,7 +185,7 @@ inline void put(uint16_t *out, __m128 values, int count) { // bfloat16, ties to 
 // next, it asks for AHEAD from `next` on.
 template <class F, class Out, int ROWS, int COLUMNS, int AHEAD>
 void project_block(const typename F::number *A, const typename F::number *V, long d, Out *out,
-                   long h, const float *offsets, const typename F::number *next) {
+                   long h, const int32_t *offsets, const typename F::number *next) {
   typename F::sums c[ROWS][PROJECT_COLUMNS];
   UNROLL for (int i = 0; i < ROWS; i++) {
     UNROLL for (int j = 0; j < PROJECT_COLUMNS; j++) c[i][j] = F::zero();
@@ -200,9 +214,7 @@ void project_block(const typename F::number *A, const typename F::number *V, lon
     }
   }
   UNROLL for (int i = 0; i < ROWS; i++) {
-    __m512 x[4];
-    UNROLL for (int j = 0; j < 4; j++) x[j] = F::as_float(c[i][j]);
-    put(out + i * h, _mm_sub_ps(totals(x[0], x[1], x[2], x[3]), _mm_set1_ps(offsets[i])), COLUMNS);
+    put(out + i * h, totals(c[i][0], c[i][1], c[i][2], c[i][3], offsets[i]), COLUMNS);
   }
 }
 
@@ -229,7 +241,7 @@ ProjectBlock<F, Out> project_block_of(int rows, int columns, int ahead) {
 template <class F, class Out>
 void project(const typename F::number *A, const typename F::number *V, Out *out, long m, long h,
              long d, int threads) {
-  auto offsets = allocate<float>(m);
+  auto offsets = allocate<int32_t>(m);
   for (long i = 0; i < m; i++) offsets[i] = F::offset(A + i * d, d);
   const long blocks = (m + PROJECT_ROWS - 1) / PROJECT_ROWS;
   const long panels = (h + PROJECT_COLUMNS - 1) / PROJECT_COLUMNS;
@@ -319,7 +331,7 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
   const long strips = (d + STRIP - 1) / STRIP;
   const long parts = threads * ((strips + NEIGHBOURS * threads - 1) / (NEIGHBOURS * threads));
   auto ordered = allocate<int32_t>(groups * m); // of W: the rows of a block, group by group
-  auto offsets = allocate<float>(m);
+  auto offsets = allocate<int32_t>(m);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -374,8 +386,8 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
         for (long i = 0; i < m; i++) {
           alignas(64) float found[STRIP], line[STRIP];
           for (int half = 0; half < 2; half++) {
-            const __m512 total = F::as_float(sums[2 * (s * m + i) + half]);
-            _mm512_store_ps(found + LANES * half, _mm512_sub_ps(total, _mm512_set1_ps(offsets[i])));
+            const __m512 sum = F::as_float(sums[2 * (s * m + i) + half], offsets[i]);
+            _mm512_store_ps(found + LANES * half, sum);
           }
           for (int k = 0; k < 8; k++) std::memcpy(line + F::ORDER[k], found + 4 * k, 16);
           std::memcpy(out + i * d + column, line, columns * sizeof(float));
@@ -389,26 +401,20 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
 
 // Sizes: A (m, d), W (m, h), V (h, d); what is returned is float32, but A V^T of bfloat16.
 extern "C" {
-void project_float32(const float *A, const float *V, float *out, long m, long h, long d, int threads) {
-  project<Float32>(A, V, out, m, h, d, threads);
-}
-void combine_float32(const float *W, const float *V, float *out, long m, long h, long d, int threads) {
-  combine<Float32>(W, V, out, m, h, d, threads);
-}
+#define PRODUCTS(name, Format, Projected)                                                          \
+  void project_##name(const Format::number *A, const Format::number *V, Projected *out, long m,    \
+                      long h, long d, int threads) {                                               \
+    project<Format>(A, V, out, m, h, d, threads);                                                  \
+  }                                                                                                \
+  void combine_##name(const Format::number *W, const Format::number *V, float *out, long m,        \
+                      long h, long d, int threads) {                                               \
+    combine<Format>(W, V, out, m, h, d, threads);                                                  \
+  }
+PRODUCTS(float32, Float32, float)
 #ifdef __AVX512BF16__
-void project_bfloat16(const uint16_t *A, const uint16_t *V, uint16_t *out, long m, long h, long d, int threads) {
-  project<Bfloat16>(A, V, out, m, h, d, threads);
-}
-void combine_bfloat16(const uint16_t *W, const uint16_t *V, float *out, long m, long h, long d, int threads) {
-  combine<Bfloat16>(W, V, out, m, h, d, threads);
-}
+PRODUCTS(bfloat16, Bfloat16, uint16_t)
 #endif
 #ifdef __AVX512VNNI__
-void project_int8(const int8_t *A, const int8_t *V, float *out, long m, long h, long d, int threads) {
-  project<Int8>(A, V, out, m, h, d, threads);
-}
-void combine_int8(const int8_t *W, const int8_t *V, float *out, long m, long h, long d, int threads) {
-  combine<Int8>(W, V, out, m, h, d, threads);
-}
+PRODUCTS(int8, Int8, float)
 #endif
 }

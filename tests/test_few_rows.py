@@ -82,6 +82,15 @@ def test_largest_sums_of_whole_numbers_do_not_overflow():
     assert not few_rows.takes(ones.new_ones(1, MOST_TERMS + 1), ones.new_ones(600, MOST_TERMS + 1))
 
 
+@pytest.mark.skipif(torch.int8 not in AVAILABLE, reason="no instructions for 8 bits")
+def test_whole_numbers_are_multiplied_exactly_however_one_sided_they_are():
+    """A sum of 3,000 numbers near 127 is far beyond what float32 tells from its neighbours."""
+    V = random(torch.int8, 3000, 3000, seed=2)
+    A = torch.full((2, 3000), 127, dtype=torch.int8)
+    assert torch.equal(few_rows.project(A, V).double(), A.double() @ V.double().T)
+    assert torch.equal(few_rows.combine(A, V).double(), A.double() @ V.double())
+
+
 def test_left_factors_may_lie_anyhow(dtype):
     A, W, V = factors(dtype, 5, 300, 200)
     assert torch.equal(few_rows.project(A.T.contiguous().T, V), few_rows.project(A, V))

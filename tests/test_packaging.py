@@ -13,6 +13,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from paperlib import between_products, few_rows
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -77,6 +79,15 @@ def test_installed_package_is_the_one_of_pyproject():
         assert metadata.version("paperlib") == PROJECT["version"]
     except metadata.PackageNotFoundError:
         pytest.skip("paperlib is not installed, only importable")
+
+
+def test_files_that_are_not_python_are_installed_too():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    patterns = tool["setuptools"]["package-data"]["paperlib"]
+    package = ROOT / "paperlib"
+    others = {path for path in package.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert others == {path for pattern in patterns for path in package.glob(pattern)}
+    assert {path.name for path in others} >= {few_rows.SOURCE, between_products.SOURCE}
 
 
 def test_what_paperlib_imports_is_declared():
