@@ -1,7 +1,7 @@
 // A V^T and W V for a V of many rows and an A (m, d) or W (m, h) of few, all of them row by row in
 // memory. `few_rows.py` compiles this file and says what it is for.
 //
-// A^ V^T is made of dot products along d: registers hold the sums of a few rows of A^ with a few of
+// A V^T is made of dot products along d: registers hold the sums of a few rows of A with a few of
 // V, and V is read as it lies. W V is made of strips of 32 columns: a strip of some hundred rows of
 // V is brought into the order of its products, in the cache, and used for all rows of W.
 // Both ask for what they will need next while they multiply (`_mm_prefetch`).
@@ -148,6 +148,9 @@ inline __m512i load_once(const void *p) {
   return loaded;
 }
 
+// Where a block of rows begins: all have the same height, to one.
+inline long begin_of(long block, long m, long blocks) { return block * m / blocks; }
+
 // The totals of four registers, less an offset.
 inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d, int32_t) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -194,9 +197,7 @@ void project_block(const typename F::number *A, const typename F::number *V, lon
   long k = 0;
   for (; k + WIDTH <= d; k += WIDTH) {
     __m512i v[COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-      v[j] = F::of_v(load(V + j * d + k));
-    }
+    UNROLL for (int j = 0; j < COLUMNS; j++) v[j] = F::of_v(load(V + j * d + k));
     UNROLL for (int j = 0; j < AHEAD; j++) {
       _mm_prefetch((const char *)(next + j * d + k), _MM_HINT_T1);
     }
@@ -252,8 +253,8 @@ void project(const typename F::number *A, const typename F::number *V, Out *out,
     const long j = panel * PROJECT_COLUMNS;
     const int columns = std::min<long>(PROJECT_COLUMNS, h - j);
     for (long b = 0; b < blocks; b++) {
-      const long i = b * m / blocks;
-      const int rows = (b + 1) * m / blocks - i;
+      const long i = begin_of(b, m, blocks);
+      const int rows = begin_of(b + 1, m, blocks) - i;
       const int ahead = b * share < PROJECT_COLUMNS ? share : 0;
       project_block_of<F, Out>(rows, columns, ahead)(A + i * d, V + j * d, d, out + i * h + j, h,
                                                      offsets.get() + i,
@@ -321,6 +322,38 @@ template <class F, int ROWS = COMBINE_ROWS> CombineBlock<F> combine_block_of(int
   return first ? combine_block<F, ROWS, true> : combine_block<F, ROWS, false>;
 }
 
+// W as its products ask for it: the rows of a block side by side, group by group of its columns.
+template <class F>
+void order_rows(const typename F::number *W, long m, long h, long blocks, int32_t *ordered,
+                int32_t *offsets) {
+  const long full = h / F::PER_LANE, groups = (h + F::PER_LANE - 1) / F::PER_LANE;
+#pragma omp for schedule(static)
+  for (long i = 0; i < m; i++) {
+    long block = i * blocks / m;
+    while (begin_of(block + 1, m, blocks) <= i) block++;
+    const long begin = begin_of(block, m, blocks), rows = begin_of(block + 1, m, blocks) - begin;
+    const typename F::number *from = W + i * h;
+    int32_t *to = ordered + begin * groups + i - begin;
+    for (long g = 0; g < full; g++) std::memcpy(to + g * rows, from + g * F::PER_LANE, 4);
+    if (full < groups) {
+      int32_t last = 0;
+      std::memcpy(&last, from + full * F::PER_LANE, (h % F::PER_LANE) * sizeof(*from));
+      to[full * rows] = last;
+    }
+    offsets[i] = F::offset(from, h);
+  }
+}
+
+// The 32 sums of a row for a strip, as they lie in two registers, into the columns that there are.
+template <class F>
+void put_strip(const typename F::sums *sums, int32_t offset, float *out, int columns) {
+  alignas(64) float found[STRIP], line[STRIP];
+  _mm512_store_ps(found, F::as_float(sums[0], offset));
+  _mm512_store_ps(found + LANES, F::as_float(sums[1], offset));
+  for (int k = 0; k < 8; k++) std::memcpy(line + F::ORDER[k], found + 4 * k, 16);
+  std::memcpy(out, line, columns * sizeof(float));
+}
+
 template <class F>
 void combine(const typename F::number *W, const typename F::number *V, float *out, long m, long h,
              long d, int threads) {
@@ -330,26 +363,11 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
   const long blocks = (m + COMBINE_ROWS - 1) / COMBINE_ROWS;
   const long strips = (d + STRIP - 1) / STRIP;
   const long parts = threads * ((strips + NEIGHBOURS * threads - 1) / (NEIGHBOURS * threads));
-  auto ordered = allocate<int32_t>(groups * m); // of W: the rows of a block, group by group
+  auto ordered = allocate<int32_t>(groups * m);
   auto offsets = allocate<int32_t>(m);
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (long b = 0; b < blocks; b++) {
-      const long begin = b * m / blocks, rows = (b + 1) * m / blocks - begin;
-      for (long i = 0; i < rows; i++) {
-        const number *from = W + (begin + i) * h;
-        int32_t *to = ordered.get() + begin * groups + i;
-        const long full = h / F::PER_LANE;
-        for (long g = 0; g < full; g++) std::memcpy(to + g * rows, from + g * F::PER_LANE, 4);
-        if (full < groups) {
-          int32_t last = 0;
-          std::memcpy(&last, from + full * F::PER_LANE, (h % F::PER_LANE) * sizeof(number));
-          to[full * rows] = last;
-        }
-        offsets[begin + i] = F::offset(from, h);
-      }
-    }
+    order_rows<F>(W, m, h, blocks, ordered.get(), offsets.get());
     auto strip = allocate<number>(CHUNK * STRIP), end = allocate<number>(CHUNK * STRIP);
     auto sums = allocate<typename F::sums>(m * 2 * NEIGHBOURS);
 #pragma omp for schedule(static)
@@ -360,37 +378,29 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
         const int rows = std::min<long>(CHUNK, h - row);
         const int steps = (rows + F::PER_LANE - 1) / F::PER_LANE;
         for (long s = 0; s < count; s++) {
-          const long column = (first + s) * STRIP;
-          const int columns = std::min<long>(STRIP, d - column);
+          const long column = (first + s) * STRIP, columns = std::min<long>(STRIP, d - column);
           const number *here = V + row * d + column;
           // The rows below, or those of the next strips from the top.
           const bool below = row + CHUNK < h;
           const number *next = below ? here + CHUNK * d : V + column + count * STRIP;
-          long from = d;
+          long apart = d;
           if (columns < STRIP || rows % F::PER_LANE) {
             copy_strip<F>(here, d, rows, columns, end.get());
-            here = end.get(), from = STRIP;
+            here = end.get(), apart = STRIP;
           }
           for (long b = 0; b < blocks; b++) {
-            const long begin = b * m / blocks;
-            const int height = (b + 1) * m / blocks - begin;
+            const long begin = begin_of(b, m, blocks);
+            const int height = begin_of(b + 1, m, blocks) - begin;
             combine_block_of<F>(height, b == 0)(
-                ordered.get() + begin * groups + row / F::PER_LANE * height, here, from, steps,
+                ordered.get() + begin * groups + row / F::PER_LANE * height, here, apart, steps,
                 strip.get(), sums.get() + 2 * (s * m + begin), next, d);
           }
         }
       }
       for (long s = 0; s < count; s++) {
-        const long column = (first + s) * STRIP;
-        const int columns = std::min<long>(STRIP, d - column);
+        const long column = (first + s) * STRIP, columns = std::min<long>(STRIP, d - column);
         for (long i = 0; i < m; i++) {
-          alignas(64) float found[STRIP], line[STRIP];
-          for (int half = 0; half < 2; half++) {
-            const __m512 sum = F::as_float(sums[2 * (s * m + i) + half], offsets[i]);
-            _mm512_store_ps(found + LANES * half, sum);
-          }
-          for (int k = 0; k < 8; k++) std::memcpy(line + F::ORDER[k], found + 4 * k, 16);
-          std::memcpy(out + i * d + column, line, columns * sizeof(float));
+          put_strip<F>(sums.get() + 2 * (s * m + i), offsets[i], out + i * d + column, columns);
         }
       }
     }

@@ -69,7 +69,7 @@ class Formats(NamedTuple):
 
 # All that the bulk stage can compute in.
 CHOICES = [Formats(dtype, dtype) for dtype in FLOOR]
-CHOICES += [Formats(dtype, torch.int8) for dtype in (torch.float16, torch.float32)]
+CHOICES += [Formats(dtype, torch.int8) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 
 
 def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto") -> Formats:
@@ -83,7 +83,8 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
             "float64", or "int8" (products in it; loss and gradient in float32). "auto" is
             bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
             is large; elsewhere float32. A processor that has both, but no matrix units, takes
-            bfloat16 for few samples and int8 for many. V is stored in float16 for float32
+            int8 for the products, and for loss and gradient bfloat16 with few samples and
+            float32 with many. V is stored in float16 for float32
             arithmetic if it fits the memory in that format only. What does not fit in bfloat16
             may fit in int8, for the products, while V is drawn anew for loss and gradient. Where
             nothing of V fits, it is drawn in every pass and fewer digits gain no time: float32.
@@ -111,7 +112,8 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
         sharp = n <= FEW_SAMPLES or bfloat16_units(model.device)
         half = fast_bfloat16(model.device) and model.fits(torch.bfloat16)
         if half and (sharp or single.products != torch.int8):
-            return Formats(torch.bfloat16, torch.bfloat16)
+            int8 = not bfloat16_units(model.device) and multiplies_in_int8(model, torch.bfloat16)
+            return Formats(torch.bfloat16, torch.int8 if int8 else torch.bfloat16)
         return single
     return single_formats(model, int8=True)
 
@@ -126,10 +128,16 @@ def single_formats(model: FeatureMap, *, int8: bool | None = None) -> Formats:
     narrow = not model.fits(torch.float32) and model.fits(torch.float16)
     exact = torch.float16 if narrow else torch.float32
     if int8 is None:
-        large = model.rounds_to_int8 and model.d >= INT8_DIMENSION
-        int8 = large and fast_int8(model.device)
-        int8 = int8 and torch.int8 in model.resident_formats([exact, torch.int8])
+        int8 = multiplies_in_int8(model, exact)
     return Formats(exact, torch.int8 if int8 else exact)
+
+
+def multiplies_in_int8(model: FeatureMap, exact: torch.dtype) -> bool:
+    """Whether products in 8 bits are fast and fit beside V in the format of loss and gradient."""
+    large = model.rounds_to_int8 and model.d >= INT8_DIMENSION
+    if not large or not fast_int8(model.device):
+        return False
+    return torch.int8 in model.resident_formats([exact, torch.int8])
 
 
 def agreed_formats(model: FeatureMap, formats: Formats) -> Formats:

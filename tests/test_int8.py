@@ -109,7 +109,11 @@ def test_auto_multiplies_in_8_bits_where_that_is_fast(monkeypatch):
     given = paperlib.GivenFeatures(randn(1000, 600))
     assert bulk_formats(given, 20, 2000) == single
     # bfloat16 loses the least of many samples: it has to be much faster to begin with it.
-    assert formats(600, bf16=True, int8=True, n=32) == half
+    both = Formats(torch.bfloat16, torch.int8)
+    assert formats(600, bf16=True, int8=True, n=32) == both
+    assert formats(100, bf16=True, int8=True, n=32) == half
+    assert formats(600, bf16=True, int8=False, n=32) == half
+    assert formats(600, bf16=True, int8=True, n=32, units=True) == half
     assert formats(600, bf16=True, int8=True, n=33) == mixed
     assert formats(600, bf16=True, int8=True, n=33, units=True) == half
     assert formats(600, bf16=True, int8=False, n=33) == half
