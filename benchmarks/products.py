@@ -5,8 +5,9 @@
 
 Each product with V of a pass (2 n p d operations) has two floors: its operations over the rate of
 a large square matrix product, and one reading of V over the bandwidth of a large sum. The larger
-of the two floors over the time measured is its efficiency, 1 at best. All in one run. int8 is for
-the Gauss-Newton product alone.
+of the two floors over the time measured is its efficiency, 1 at best. All in one run, with the
+kernels of this package where the machine has them, and with the libraries of torch alone. int8 is
+for the Gauss-Newton product alone.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pandas
 import torch
 
 import paperlib
+from paperlib import between_products, few_rows
 from paperlib.int8 import multiply
 from paperlib.lift import Lift
 from paperlib.matrix_product import combine
@@ -61,7 +65,7 @@ def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
         rate = 2 * SIDE**3 / seconds(lambda: multiply(square, square))
     else:
         square = square.to(arithmetic(dtype))
-        # Whichever of the libraries of torch is faster.
+        # Whichever of the libraries of torch is faster; our kernels are for few rows only.
         ways = lambda: square @ square, lambda: combine(square, square)
         rate = 2 * SIDE**3 / min(seconds(way) for way in ways)
     # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
@@ -76,8 +80,28 @@ def problem(p: int, d: int, device: str) -> tuple[paperlib.RandomFeatures, Lift]
     return model, Lift(model, torch.randn(1, p, device=device), dtype=torch.float32)
 
 
+@contextmanager
+def libraries_alone() -> Iterator[None]:
+    """Our kernels take nothing."""
+    with ExitStack() as patches:
+        for module in (few_rows, between_products):
+            patches.enter_context(mock.patch.object(module, "takes", lambda *arguments: False))
+        yield
+
+
 def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
-    """One row for linearising and one for the Gauss-Newton product."""
+    """Rows for linearising and for the Gauss-Newton product, by each kind of kernel."""
+    rows = []
+    if device == "cpu" and few_rows.available(dtype):
+        rows += measure_with("own", n, p, d, dtype, device)
+    with libraries_alone():
+        return rows + measure_with("libraries", n, p, d, dtype, device)
+
+
+def measure_with(
+    kernels: str, n: int, p: int, d: int, dtype: torch.dtype, device: str
+) -> list[dict]:
+    """The same by one kind of kernel."""
     rate, bandwidth = ceilings(dtype, device)
     model, lift = problem(p, d, device)
     X = paperlib.sphere(n, d, seed=2).X.to(device)
@@ -114,6 +138,7 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
             {
                 "product": name,
                 "dtype": str(dtype).removeprefix("torch."),
+                "kernels": kernels,
                 "n": n,
                 "p": p,
                 "d": d,
