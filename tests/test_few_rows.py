@@ -7,7 +7,8 @@ import paperlib
 from paperlib import few_rows
 from paperlib.few_rows import LEAST_DIMENSION, MOST_ROWS, MOST_TERMS, WORTHWHILE
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.int8: 0}
+# bfloat16 is 1.7e-3 when numbers are rounded to the nearest, twice that when they are cut off.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.int8: 0}
 AVAILABLE = [dtype for dtype in TOLERANCES if few_rows.available(dtype)]
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX-512 and a C++ compiler")

@@ -141,3 +141,16 @@ def test_an_attack_with_products_in_8_bits_ends_as_exactly_as_any(activation):
     assert found.explained and found.loss < 1e-10
     errors = paperlib.compare(data.X, found.samples)
     assert (errors.up_to_sign if model.odd else errors.signed).max() < 1e-3
+
+
+def test_loss_and_gradient_may_be_in_bfloat16_beside_products_in_8_bits(monkeypatch):
+    mixed = Formats(torch.bfloat16, torch.int8)
+    monkeypatch.setattr("paperlib.second_order.bulk_formats", lambda *arguments: mixed)
+    data = paperlib.sphere(5, 30, seed=3)
+    model = paperlib.RandomFeatures(30, 1500, seed=5)
+    theta = paperlib.fit_min_norm(model, data.X, data.y)
+    found = paperlib.reconstruct(model, theta, 5, seed=1, start="random", progress=False)
+    formats = {(stage["dtype"], stage["products"]) for stage in found.stages}
+    assert {("bfloat16", "int8"), ("float32", "int8")} <= formats
+    assert found.explained and found.loss < 1e-10
+    assert paperlib.compare(data.X, found.samples).signed.max() < 1e-3
