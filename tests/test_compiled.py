@@ -21,7 +21,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+    for name in ("CXX", compiled.SWITCH_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
     library.cache_clear()
     yield
     library.cache_clear()
