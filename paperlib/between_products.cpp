@@ -22,20 +22,25 @@ inline __m512 load(const uint16_t *p, __mmask16 mask) { // bfloat16
 inline void store(float *p, __m512 values, __mmask16 mask) {
   _mm512_mask_storeu_ps(p, mask, values);
 }
-inline void store(uint16_t *p, __m512 values, __mmask16 mask) { // ties to even
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  _mm512_mask_cvtepi32_storeu_epi16(p, mask, _mm512_srli_epi32(up, 16));
+#ifdef __AVX512BF16__
+inline void store(uint16_t *p, __m512 values, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(values));
+}
+#endif
+
+// A part of a row of W: `slope` times `back`, or `back` alone.
+template <class Number>
+__m512 part_of_row(const Number *slope, const float *back, long k, __mmask16 mask) {
+  const __m512 t = load(back + k, mask);
+  return slope ? _mm512_mul_ps(load(slope + k, mask), t) : t;
 }
 
-// One row of W, in the format of the product: `slope` times `back`, or `back` alone.
+// One row of W, in the format of the product.
 template <class Number, class Out>
 void write(const Number *slope, const float *back, Out *out, float *, long h) {
   for (long k = 0; k < h; k += LANES) {
     const __mmask16 mask = first(h - k);
-    const __m512 t = load(back + k, mask);
-    store(out + k, slope ? _mm512_mul_ps(load(slope + k, mask), t) : t, mask);
+    store(out + k, part_of_row(slope, back, k, mask), mask);
   }
 }
 // In 8 bits the largest of the row becomes 127.
@@ -43,9 +48,7 @@ template <class Number>
 void write(const Number *slope, const float *back, int8_t *out, float *scale, long h) {
   __m512 largest = _mm512_setzero_ps();
   for (long k = 0; k < h; k += LANES) {
-    const __mmask16 mask = first(h - k);
-    const __m512 t = load(back + k, mask);
-    const __m512 w = slope ? _mm512_mul_ps(load(slope + k, mask), t) : t;
+    const __m512 w = part_of_row(slope, back, k, first(h - k));
     largest = _mm512_max_ps(largest, _mm512_abs_ps(w));
   }
   const float most = _mm512_reduce_max_ps(largest);
@@ -53,8 +56,7 @@ void write(const Number *slope, const float *back, int8_t *out, float *scale, lo
   const __m512 by = _mm512_set1_ps(1 / *scale);
   for (long k = 0; k < h; k += LANES) {
     const __mmask16 mask = first(h - k);
-    const __m512 t = load(back + k, mask);
-    const __m512 w = slope ? _mm512_mul_ps(load(slope + k, mask), t) : t;
+    const __m512 w = part_of_row(slope, back, k, mask);
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(w, by)); // to the nearest
     _mm512_mask_cvtsepi32_storeu_epi8(out + k, mask, whole);
   }
@@ -119,6 +121,8 @@ extern "C" {
          W, W_scales, Ha, threads);                                                                \
   }
 TURN(turn_float32, float, float)
+#ifdef __AVX512BF16__
 TURN(turn_bfloat16, uint16_t, uint16_t)
+#endif
 TURN(turn_int8, float, int8_t)
 }

@@ -14,14 +14,13 @@ bits, its scales and those of dX are multiplied in here, and W is rounded to 8 b
 
 from __future__ import annotations
 
-import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from paperlib import few_rows
-from paperlib.compiled import library
+from paperlib.compiled import call, library
 from paperlib.int8 import Int8Rows
 
 SOURCE = "between_products.cpp"
@@ -40,7 +39,7 @@ def takes(U: Tensor, features: Tensor, state: Tensor, outputs: int) -> bool:
         return False
     if not U.dtype == features.dtype == state.dtype or not few_rows.available(U.dtype):
         return False
-    return features.stride(1) == state.stride(1) == 1
+    return features.stride(1) == state.stride(1) == 1 and library(SOURCE) is not None
 
 
 def turn(
@@ -71,20 +70,7 @@ def turn(
     W_scales, Ha = (U.new_empty(size, dtype=torch.float32) for size in (rows, n))
     alpha, da = alpha.float().contiguous(), da.float().contiguous()
     name = "int8" if in_int8 else few_rows.NAMES[U.dtype]
-    address = lambda tensor: ctypes.c_void_p(None if tensor is None else tensor.data_ptr())  # noqa: E731
-    whole = ctypes.c_long
-    getattr(library(SOURCE), f"turn_{name}")(
-        address(U),
-        address(state),
-        whole(state.stride(0)),
-        address(features),
-        whole(features.stride(0)),
-        address(alpha),
-        address(da),
-        ctypes.c_float(linear),
-        address(scales),
-        *map(whole, (n, rows, h)),
-        *map(address, (W, W_scales, Ha)),
-        torch.get_num_threads(),
-    )
+    arrays = U, state, state.stride(0), features, features.stride(0)
+    numbers = alpha, da, float(linear), scales
+    call(SOURCE, f"turn_{name}", *arrays, *numbers, n, rows, h, W, W_scales, Ha)
     return Turned(Int8Rows(W, W_scales) if in_int8 else W, Ha)

@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from paperlib.replace_file import replace_file
 
@@ -71,6 +72,26 @@ def library(name: str) -> ctypes.CDLL | None:
         except OSError:
             pass  # compiled again next time
     return loaded
+
+
+def call(source: str, function: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of a source file that compiled, on the threads of torch.
+
+    Args:
+        source: its name.
+        function: name of the function; its last argument is the number of threads.
+        arguments: tensors are passed as pointers to their first number, None as a null pointer,
+            whole numbers as long, others as float.
+    """
+
+    def passed(argument: Tensor | int | float | None) -> object:
+        if isinstance(argument, int):
+            return ctypes.c_long(argument)
+        if isinstance(argument, float):
+            return ctypes.c_float(argument)
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+
+    getattr(library(source), function)(*map(passed, arguments), torch.get_num_threads())
 
 
 def cache_folder() -> Path:

@@ -38,24 +38,28 @@ template <class T> std::unique_ptr<T[], Free<T>> allocate(long count) {
   return std::unique_ptr<T[], Free<T>>(static_cast<T *>(std::aligned_alloc(64, bytes)));
 }
 
-struct Float32 {
-  using number = float;
+// What is common to the formats whose sums are in float32.
+struct FloatingSums {
   using sums = __m512;
+  static sums zero() { return _mm512_setzero_ps(); }
+  static sums add(sums a, sums b) { return _mm512_add_ps(a, b); }
+  static __m512i of_v(__m512i v) { return v; }
+  static int32_t offset(const void *, long) { return 0; }
+  static __m512 as_float(sums c, int32_t) { return c; }
+};
+
+struct Float32 : FloatingSums {
+  using number = float;
   static constexpr int PER_LANE = 1;
   // Sums of 4 neighbouring columns, in the order in which they lie in two registers.
   static constexpr int ORDER[8] = {0, 4, 8, 12, 16, 20, 24, 28};
 
-  static sums zero() { return _mm512_setzero_ps(); }
-  static sums add(sums a, sums b) { return _mm512_add_ps(a, b); }
   static __m512i first(const number *p, int count) {
     return _mm512_castps_si512(_mm512_maskz_loadu_ps((1u << count) - 1, p));
   }
   static sums add_product(sums c, __m512i v, __m512i a) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(a), c);
   }
-  static __m512i of_v(__m512i v) { return v; }
-  static int32_t offset(const number *, long) { return 0; }
-  static __m512 as_float(sums c, int32_t) { return c; }
 
   // 32 columns of a row.
   static void order(const number *V, long d, __m512i &v, __m512i &u) {
@@ -65,23 +69,17 @@ struct Float32 {
 };
 
 #ifdef __AVX512BF16__
-struct Bfloat16 {
+struct Bfloat16 : FloatingSums {
   using number = uint16_t;
-  using sums = __m512;
   static constexpr int PER_LANE = 2;
   static constexpr int ORDER[8] = {0, 8, 16, 24, 4, 12, 20, 28};
 
-  static sums zero() { return _mm512_setzero_ps(); }
-  static sums add(sums a, sums b) { return _mm512_add_ps(a, b); }
   static __m512i first(const number *p, int count) {
     return _mm512_maskz_loadu_epi16((1ull << count) - 1, p);
   }
   static sums add_product(sums c, __m512i v, __m512i a) {
     return _mm512_dpbf16_ps(c, (__m512bh)v, (__m512bh)a);
   }
-  static __m512i of_v(__m512i v) { return v; }
-  static int32_t offset(const number *, long) { return 0; }
-  static __m512 as_float(sums c, int32_t) { return c; }
 
   // 32 columns of a pair of rows, pair by pair.
   static void order(const number *V, long d, __m512i &v, __m512i &u) {
@@ -175,12 +173,11 @@ inline __m128 totals(__m512i a, __m512i b, __m512i c, __m512i d, int32_t offset)
 inline void put(float *out, __m128 values, int count) {
   _mm_mask_storeu_ps(out, (1 << count) - 1, values);
 }
-inline void put(uint16_t *out, __m128 values, int count) { // bfloat16, ties to even
-  const __m128i bits = _mm_castps_si128(values);
-  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-  const __m128i up = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
-  _mm_mask_cvtepi32_storeu_epi16(out, (1 << count) - 1, _mm_srli_epi32(up, 16));
+#ifdef __AVX512BF16__
+inline void put(uint16_t *out, __m128 values, int count) {
+  _mm_mask_storeu_epi16(out, (1 << count) - 1, (__m128i)_mm_cvtneps_pbh(values));
 }
+#endif
 
 // ---- A V^T
 

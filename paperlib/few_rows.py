@@ -9,13 +9,12 @@ for what comes next while they multiply. They need AVX-512 and a C++ compiler.
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from paperlib.compiled import library
+from paperlib.compiled import call, library
 from paperlib.instructions import bfloat16_units, fast_kernels
 
 SOURCE = "few_rows.cpp"
@@ -59,9 +58,7 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    kernel = getattr(library(SOURCE), f"{product}_{NAMES[V.dtype]}")
-    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (A, V, out)]
-    kernel(*addresses, *map(ctypes.c_long, (len(A), *V.shape)), torch.get_num_threads())
+    call(SOURCE, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 
 

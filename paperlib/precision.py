@@ -84,10 +84,10 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
             bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
             is large; elsewhere float32. A processor that has both, but no matrix units, takes
             int8 for the products, and for loss and gradient bfloat16 with few samples and
-            float32 with many. V is stored in float16 for float32
-            arithmetic if it fits the memory in that format only. What does not fit in bfloat16
-            may fit in int8, for the products, while V is drawn anew for loss and gradient. Where
-            nothing of V fits, it is drawn in every pass and fewer digits gain no time: float32.
+            float32 with many. V is stored in float16 for float32 arithmetic if it fits the memory
+            in that format only. What does not fit in bfloat16 may fit in int8, for the products,
+            while V is drawn anew for loss and gradient. Where nothing of V fits, it is drawn in
+            every pass and fewer digits gain no time: float32.
 
     Raises:
         ValueError: for another name, more digits than the model has, or int8 for a model whose

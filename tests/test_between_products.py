@@ -84,6 +84,12 @@ def test_nothing_goes_back_as_zeros():
     assert bool((W.scale > 0).all()) and torch.equal(Ha, torch.zeros(2))
 
 
+def test_it_takes_nothing_where_its_own_source_does_not_compile(monkeypatch):
+    U, features, slopes, *_ = problem(4, 50, torch.float32)
+    monkeypatch.setattr(between_products, "library", lambda name: None)
+    assert not between_products.takes(U, features, slopes, 1)
+
+
 def test_it_takes_one_output_in_the_formats_of_the_kernels():
     U, features, slopes, *_ = problem(4, 50, torch.float32)
     takes = between_products.takes
