@@ -43,7 +43,8 @@ def library(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).with_name(name)
     made = [*command, *FLAGS]
     processor = getattr(torch.cpu, "get_capabilities", dict)()
-    parts = [source.read_text(), made, sorted(processor.items())]
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    parts = [[path.read_text() for path in sources], made, sorted(processor.items())]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
     kept = cache_folder() / f"{source.stem}-{key}.so"
     try:

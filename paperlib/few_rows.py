@@ -4,7 +4,7 @@ The libraries that torch comes with are made for large matrices. With few rows, 
 goes into bringing V, the large factor, into another order first, or into reading it in pieces too
 small for the memory; so products with one to a hundred candidates run at a third to two thirds of
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
-for what comes next while they multiply. They need AVX-512 and a C++ compiler.
+for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from paperlib.compiled import call, library
-from paperlib.instructions import bfloat16_units, fast_kernels
+from paperlib.instructions import bfloat16_units, vector_instructions
 
 SOURCE = "few_rows.cpp"
 
-# From this dimension on, up to so many rows, and from so many multiplications on they are faster
-# than the libraries.
-LEAST_DIMENSION, MOST_ROWS, WORTHWHILE = 512, 256, 1_000_000
+# From this dimension on, up to so many rows, no more than this share of the dimension, and from so
+# many multiplications on they are faster than the libraries.
+LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_TERMS = (2**31 - 1) // (255 * 127)
@@ -34,7 +34,9 @@ def takes(A: Tensor, V: Tensor) -> bool:
     if V.device.type != "cpu" or A.dtype != V.dtype:
         return False
     h, d = V.shape
-    if d < LEAST_DIMENSION or len(A) > MOST_ROWS or len(A) * h * d < WORTHWHILE:
+    if d < LEAST_DIMENSION or len(A) > min(MOST_ROWS, ROWS_SHARE * d):
+        return False
+    if len(A) * h * d < WORTHWHILE:
         return False
     if not V.is_contiguous():
         return False
@@ -66,7 +68,7 @@ def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
 def available(dtype: torch.dtype) -> bool:
     """Whether this machine has kernels for the dtype that are worth using."""
     cpu = torch.device("cpu")
-    if dtype not in NAMES or not fast_kernels(cpu):
+    if dtype not in NAMES or not vector_instructions(cpu):
         return False
     # Matrix units multiply faster than these kernels do.
     if dtype != torch.float32 and bfloat16_units(cpu):

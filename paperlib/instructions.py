@@ -27,6 +27,13 @@ def fast_kernels(device: torch.device) -> bool:
     return _processor_has(device, "avx512_f")
 
 
+def vector_instructions(device: torch.device) -> bool:
+    """Whether the device is a CPU that our own kernels are written for."""
+    return _processor_has(device, "avx512_f") or (
+        _processor_has(device, "avx2") and _processor_has(device, "fma3")
+    )
+
+
 def _processor_has(device: torch.device, *names: str) -> bool:
     """Whether the device is a CPU with one of these sets of instructions."""
     if device.type != "cpu":

@@ -1,9 +1,12 @@
 """Settings of all tests."""
 
+import shlex
+
 import pytest
 import torch
 
 import paperlib
+from paperlib import compiled, few_rows
 
 # Small problems: threads cost more than they gain, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
@@ -29,3 +32,19 @@ def faint_pair():
         return model, X, alpha @ model.features(X)
 
     return problem
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """flags -> None: the kernels are compiled with these flags besides until the test ends."""
+    forget = compiled.library.cache_clear, few_rows.available.cache_clear
+
+    def use(flags):
+        if flags:
+            monkeypatch.setenv("CXX", f"{shlex.join(compiled._compiler())} {flags}")
+        for clear in forget:
+            clear()
+
+    yield use
+    for clear in forget:
+        clear()

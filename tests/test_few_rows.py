@@ -5,22 +5,41 @@ import torch
 
 import paperlib
 from paperlib import few_rows
-from paperlib.few_rows import LEAST_DIMENSION, MOST_ROWS, MOST_TERMS, WORTHWHILE
+from paperlib.few_rows import (
+    LEAST_DIMENSION,
+    MOST_ROWS,
+    MOST_TERMS,
+    ROWS_SHARE,
+    WORTHWHILE,
+)
+from paperlib.instructions import fast_kernels
 
 # bfloat16 is 1.7e-3 when numbers are rounded to the nearest, twice that when they are cut off.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.int8: 0}
 AVAILABLE = [dtype for dtype in TOLERANCES if few_rows.available(dtype)]
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX-512 and a C++ compiler")
+# What an older processor would compile.
+OLDER = [("-mno-avx512f", torch.float32)] if fast_kernels(torch.device("cpu")) else []
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 and a C++ compiler")
 
 # (rows of A, rows of V, d): every remainder of blocks, panels, strips and chunks of rows.
 SHAPES = [(m, 4 * m + 1, 40 + m) for m in range(1, 31)]
 SHAPES += [(3, 700, 512), (31, 257, 640), (14, 1025, 65), (1, 2049, 31), (140, 300, 97)]
 
 
-@pytest.fixture(params=AVAILABLE, ids=str)
-def dtype(request):
-    return request.param
+@pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER, ids=str)
+def dtype(request, compile_with):
+    flags, dtype = request.param
+    compile_with(flags)
+    return dtype
+
+
+def test_older_processors_multiply_float32_alone(compile_with):
+    for flags, dtype in OLDER:
+        compile_with(flags)
+        assert few_rows.available(dtype)
+        assert not few_rows.available(torch.bfloat16) and not few_rows.available(torch.int8)
 
 
 def random(dtype, *shape, seed=0):
@@ -107,7 +126,11 @@ def test_they_take_what_they_are_faster_for_and_can_do():
     assert not takes(A, V.half().float().T.contiguous().T)  # columns are not rows
     assert not takes(A[:, 1:].contiguous(), V[:, 1:].contiguous())
     assert not takes(A[:1], V[: h // 2])
-    assert not takes(A[:1].expand(MOST_ROWS + 1, -1), V)
+    rows = int(ROWS_SHARE * d)
+    assert takes(A[:1].expand(rows, -1), V) and not takes(A[:1].expand(rows + 1, -1), V)
+    wide = V[:1].expand(h, -1).repeat(1, 8)
+    rows = wide[:1].expand(MOST_ROWS, -1)
+    assert takes(rows, wide) and not takes(rows[:1].expand(MOST_ROWS + 1, -1), wide)
     assert not takes(A.clone().requires_grad_(), V)
     with torch.no_grad():
         assert takes(A.clone().requires_grad_(), V)

@@ -3,20 +3,28 @@
 import pytest
 import torch
 
-from paperlib.instructions import bfloat16_units, fast_bfloat16, fast_int8, fast_kernels
+from paperlib.instructions import (
+    bfloat16_units,
+    fast_bfloat16,
+    fast_int8,
+    fast_kernels,
+    vector_instructions,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-QUESTIONS = fast_bfloat16, bfloat16_units, fast_int8, fast_kernels
+QUESTIONS = fast_bfloat16, bfloat16_units, fast_int8, fast_kernels, vector_instructions
 
 
 @pytest.mark.parametrize(
     ("has", "answers"),
     [
-        ([], (False, False, False, False)),
-        (["avx_vnni"], (False, False, True, False)),
-        (["avx512_f"], (False, False, False, True)),
-        (["avx512_f", "avx512_vnni", "avx512_bf16"], (True, False, True, True)),
-        (["avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16"], (True, True, True, True)),
+        ([], (False, False, False, False, False)),
+        (["avx2"], (False, False, False, False, False)),
+        (["avx2", "fma3"], (False, False, False, False, True)),
+        (["avx_vnni"], (False, False, True, False, False)),
+        (["avx512_f"], (False, False, False, True, True)),
+        (["avx512_f", "avx512_vnni", "avx512_bf16"], (True, False, True, True, True)),
+        (["avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16"], (True, True, True, True, True)),
     ],
 )
 def test_a_processor_answers_by_its_instructions(monkeypatch, has, answers):
