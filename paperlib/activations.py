@@ -25,11 +25,13 @@ class Activation:
     Attributes:
         name: the name that `activation(name)` knows it by.
         value: u -> act(u), any shape, keeps device and dtype.
-        slope: u -> act'(u), same shape. At a kink the slope is 0 from the left.
+        slope: u -> act'(u), same shape. At a kink the slope is that from the left.
         has_relu: whether the activation contains a ReLU, which the paper's gradient treats with
             a surrogate slope on the inactive side (see `published.py`).
         odd: whether act(-u) = -act(u). Then phi(-x) = -phi(x), and no attack on any loss of the
             span can tell x from -x.
+        two_slopes: the slopes left and right of 0 of an activation with act(u) = s u on either
+            side; None for all others.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Activation:
     slope: Callable[[Tensor], Tensor]
     has_relu: bool = False
     odd: bool = False
+    two_slopes: tuple[float, float] | None = None
 
     @property
     def linear_coefficient(self) -> float:
@@ -129,7 +132,7 @@ def _normal_cdf(u: Tensor) -> Tensor:
 _ACTIVATIONS = {
     act.name: act
     for act in (
-        Activation("relu", torch.relu, _step, has_relu=True),
+        Activation("relu", torch.relu, _step, has_relu=True, two_slopes=(0.0, 1.0)),
         Activation(
             "relu+tanh",
             lambda u: torch.relu(u) + torch.tanh(u),

@@ -1,72 +1,81 @@
 // What lies between the two products of a pass: U = dX V^T and dw V^T in, W for W V out.
 // `between_products.py` says what it is for, and has the formulas.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
+#include "lanes.h"
+
 namespace {
 
-constexpr long LANES = 16;
+// The activations at the samples, entry by entry: slopes and features as they are given, ..
+template <class Number> struct Given {
+  const Number *slopes;
+  long slopes_apart;
+  const Number *features;
+  long features_apart;
 
-inline __mmask16 first(long count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
+  Lanes slope(long i, long k, Part part) const {
+    return load(slopes + i * slopes_apart + k, part);
+  }
+  Lanes feature(long i, long k, Part part, Lanes) const {
+    return load(features + i * features_apart + k, part);
+  }
+};
+// .. or, of an activation that is linear on either side of 0, from their inputs.
+template <class Number> struct TwoSlopes {
+  const Number *inputs;
+  long apart;
+  float left, right;
 
-inline __m512 load(const float *p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
-inline __m512 load(const uint16_t *p, __mmask16 mask) { // bfloat16
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  Lanes input(long i, long k, Part part) const { return load(inputs + i * apart + k, part); }
+  Lanes slope(long i, long k, Part part) const {
+    return where_positive(input(i, k, part), all(right), all(left));
+  }
+  Lanes feature(long i, long k, Part part, Lanes slope) const {
+    return multiply(slope, input(i, k, part));
+  }
+};
+
+// A part of row i of W: the slopes of sample i times `back`; `back` alone below the samples.
+template <class Activations>
+Lanes part_of_row(const Activations &at, long i, long n, const float *back, long k, Part part) {
+  const Lanes t = load(back + k, part);
+  return i < n ? multiply(at.slope(i, k, part), t) : t;
 }
 
-inline void store(float *p, __m512 values, __mmask16 mask) {
-  _mm512_mask_storeu_ps(p, mask, values);
-}
-#ifdef __AVX512BF16__
-inline void store(uint16_t *p, __m512 values, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(values));
-}
-#endif
-
-// A part of a row of W: `slope` times `back`, or `back` alone.
-template <class Number>
-__m512 part_of_row(const Number *slope, const float *back, long k, __mmask16 mask) {
-  const __m512 t = load(back + k, mask);
-  return slope ? _mm512_mul_ps(load(slope + k, mask), t) : t;
-}
-
-// One row of W, in the format of the product.
-template <class Number, class Out>
-void write(const Number *slope, const float *back, Out *out, float *, long h) {
+// Row i of W, in the format of the product.
+template <class Activations, class Out>
+void write(const Activations &at, long i, long n, const float *back, Out *out, float *, long h) {
   for (long k = 0; k < h; k += LANES) {
-    const __mmask16 mask = first(h - k);
-    store(out + k, part_of_row(slope, back, k, mask), mask);
+    const Part part = first(h - k);
+    store(out + k, part_of_row(at, i, n, back, k, part), part);
   }
 }
 // In 8 bits the largest of the row becomes 127.
-template <class Number>
-void write(const Number *slope, const float *back, int8_t *out, float *scale, long h) {
-  __m512 largest = _mm512_setzero_ps();
+template <class Activations>
+void write(const Activations &at, long i, long n, const float *back, int8_t *out, float *scale,
+           long h) {
+  Lanes largest = all(0);
   for (long k = 0; k < h; k += LANES) {
-    const __m512 w = part_of_row(slope, back, k, first(h - k));
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(w));
+    const Lanes w = part_of_row(at, i, n, back, k, first(h - k));
+    largest = larger(largest, size(w));
   }
-  const float most = _mm512_reduce_max_ps(largest);
+  const float most = largest_of(largest);
   *scale = (most > 0 ? most : 1) / 127;
-  const __m512 by = _mm512_set1_ps(1 / *scale);
+  const Lanes by = all(1 / *scale);
   for (long k = 0; k < h; k += LANES) {
-    const __mmask16 mask = first(h - k);
-    const __m512 w = part_of_row(slope, back, k, mask);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(w, by)); // to the nearest
-    _mm512_mask_cvtsepi32_storeu_epi8(out + k, mask, whole);
+    const Part part = first(h - k);
+    const Lanes w = part_of_row(at, i, n, back, k, part);
+    store(out + k, multiply(w, by), part);
   }
 }
 
-template <class Number, class Out>
-void turn(const Number *U, const Number *slopes, long slopes_apart, const Number *features,
-          long features_apart, const float *alpha, const float *da, float linear,
-          const float *scales, long n, long rows, long h, Out *W, float *W_scales, float *Ha,
-          int threads) {
+template <class Number, class Activations, class Out>
+void turn(const Number *U, const Activations &at, const float *alpha, const float *da,
+          float linear, const float *scales, long n, long rows, long h, Out *W, float *W_scales,
+          float *Ha, int threads) {
   const long padded = (h + LANES - 1) / LANES * LANES;
   float *T = static_cast<float *>(std::aligned_alloc(64, 2 * padded * sizeof(float)));
   float *back = scales ? T + padded : T;
@@ -74,36 +83,36 @@ void turn(const Number *U, const Number *slopes, long slopes_apart, const Number
   {
 #pragma omp for schedule(static)
     for (long k = 0; k < padded; k += LANES) {
-      const __mmask16 mask = first(h - k);
-      __m512 through = _mm512_setzero_ps(), beside = _mm512_setzero_ps();
+      const Part part = first(h - k);
+      Lanes through = all(0), beside = all(0);
       for (long i = 0; i < n; i++) {
-        const __m512 s = load(slopes + i * slopes_apart + k, mask);
-        const __m512 u = _mm512_mul_ps(s, load(U + i * h + k, mask));
-        through = _mm512_fmadd_ps(_mm512_set1_ps(alpha[i]), u, through);
-        const __m512 phi = load(features + i * features_apart + k, mask);
-        beside = _mm512_fmadd_ps(_mm512_set1_ps(da[i]), phi, beside);
+        const Lanes s = at.slope(i, k, part);
+        const Lanes u = multiply(s, load(U + i * h + k, part));
+        through = multiply_add(all(alpha[i]), u, through);
+        const Lanes phi = at.feature(i, k, part, s);
+        beside = multiply_add(all(da[i]), phi, beside);
       }
       if (rows > n) {
-        const __m512 w = load(U + n * h + k, mask);
-        through = _mm512_fmadd_ps(_mm512_set1_ps(linear), w, through);
+        const Lanes w = load(U + n * h + k, part);
+        through = multiply_add(all(linear), w, through);
       }
-      const __m512 scale = scales ? load(scales + k, mask) : _mm512_set1_ps(1);
-      const __m512 t = _mm512_fmadd_ps(scale, through, beside);
-      _mm512_store_ps(T + k, t);
-      if (scales) _mm512_store_ps(back + k, _mm512_mul_ps(scale, t));
+      const Lanes scale = scales ? load(scales + k, part) : all(1);
+      const Lanes t = multiply_add(scale, through, beside);
+      store(T + k, t, part);
+      if (scales) store(back + k, multiply(scale, t), part);
     }
 #pragma omp for schedule(static)
     for (long i = 0; i < rows; i++) {
       if (i < n) {
-        const Number *row = features + i * features_apart;
-        __m512 sum = _mm512_setzero_ps();
+        Lanes sum = all(0);
         for (long k = 0; k < h; k += LANES) {
-          sum = _mm512_fmadd_ps(load(row + k, first(h - k)), _mm512_load_ps(T + k), sum);
+          const Part part = first(h - k);
+          const Lanes phi = at.feature(i, k, part, at.slope(i, k, part));
+          sum = multiply_add(phi, load(T + k, part), sum);
         }
-        Ha[i] = _mm512_reduce_add_ps(sum);
+        Ha[i] = sum_of(sum);
       }
-      const Number *slope = i < n ? slopes + i * slopes_apart : nullptr;
-      write(slope, back, W + i * h, W_scales + i, h);
+      write(at, i, n, back, W + i * h, W_scales + i, h);
     }
   }
   std::free(T);
@@ -111,18 +120,32 @@ void turn(const Number *U, const Number *slopes, long slopes_apart, const Number
 
 } // namespace
 
+// By the format of the products; those of 8 bits come and go in float32.
 extern "C" {
 #define TURN(name, Number, Out)                                                                    \
-  void name(const Number *U, const Number *slopes, long slopes_apart, const Number *features,      \
-            long features_apart, const float *alpha, const float *da, float linear,                \
-            const float *scales, long n, long rows, long h, Out *W, float *W_scales, float *Ha,    \
-            int threads) {                                                                         \
-    turn(U, slopes, slopes_apart, features, features_apart, alpha, da, linear, scales, n, rows, h, \
-         W, W_scales, Ha, threads);                                                                \
+  void turn_##name(const Number *U, const Number *slopes, long slopes_apart,                       \
+                   const Number *features, long features_apart, const float *alpha,                \
+                   const float *da, float linear, const float *scales, long n, long rows, long h,  \
+                   Out *W, float *W_scales, float *Ha, int threads) {                              \
+    const Given<Number> at{slopes, slopes_apart, features, features_apart};                        \
+    turn(U, at, alpha, da, linear, scales, n, rows, h, W, W_scales, Ha, threads);                  \
   }
-TURN(turn_float32, float, float)
+#define TURN_TWO_SLOPES(name, Number, Inputs, Out)                                                 \
+  void turn_two_slopes_##name(const Number *U, const Inputs *inputs, long apart, float left,       \
+                              float right, const float *alpha, const float *da, float linear,      \
+                              const float *scales, long n, long rows, long h, Out *W,              \
+                              float *W_scales, float *Ha, int threads) {                           \
+    const TwoSlopes<Inputs> at{inputs, apart, left, right};                                        \
+    turn(U, at, alpha, da, linear, scales, n, rows, h, W, W_scales, Ha, threads);                  \
+  }
+TURN(float32, float, float)
+TURN_TWO_SLOPES(float32_float32, float, float, float)
+TURN_TWO_SLOPES(float32_float16, float, Float16, float)
 #ifdef __AVX512BF16__
-TURN(turn_bfloat16, uint16_t, uint16_t)
+TURN(bfloat16, Bfloat16, Bfloat16)
+TURN_TWO_SLOPES(bfloat16_bfloat16, Bfloat16, Bfloat16, Bfloat16)
 #endif
-TURN(turn_int8, float, int8_t)
+TURN(int8, float, int8_t)
+TURN_TWO_SLOPES(int8_float32, float, float, int8_t)
+TURN_TWO_SLOPES(int8_float16, float, Float16, int8_t)
 }

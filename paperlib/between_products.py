@@ -9,7 +9,9 @@ u_ik = v_k . dx_i and u_nk = v_k . dw, it is
 
 With few rows, these few operations an entry, one after another in torch, take a fifth of the time
 of a product: each reads and writes arrays of (n, h), and each has to be called. Where V is in 8
-bits, its scales and those of dX are multiplied in here, and W is rounded to 8 bits.
+bits, its scales and those of dX are multiplied in here, and W is rounded to 8 bits. Where the
+activation is linear on either side of 0, as a ReLU is with or without its linear part, slopes and
+features are one comparison and one product away from its inputs, and are never written.
 """
 
 from __future__ import annotations
@@ -25,6 +27,34 @@ from paperlib.int8 import Int8Rows
 
 SOURCE = "between_products.cpp"
 
+# The formats of the inputs v_k . x_i from which slopes and features may follow, for each of U.
+INPUTS = {
+    torch.float32: {torch.float32: "float32", torch.float16: "float16"},
+    torch.bfloat16: {torch.bfloat16: "bfloat16"},
+}
+
+
+class Given(NamedTuple):
+    """Features and slopes, (n, h) each."""
+
+    features: Tensor
+    slopes: Tensor
+
+
+class TwoSlopes(NamedTuple):
+    """Inputs (n, h) of an activation with act(u) = left u for u <= 0 and right u beyond."""
+
+    inputs: Tensor
+    left: float
+    right: float
+
+    def written_out(self, dtype: torch.dtype) -> Given:
+        """Features and slopes."""
+        u = self.inputs.to(dtype)
+        positive = torch.sign(torch.relu(u))  # several times as fast as a comparison
+        slopes = positive.mul_(self.right - self.left).add_(self.left)
+        return Given(slopes * u, slopes)
+
 
 class Turned(NamedTuple):
     """What goes back through V, (n or n + 1, h), and what goes to da, (n,) float32."""
@@ -33,19 +63,24 @@ class Turned(NamedTuple):
     Ha: Tensor
 
 
-def takes(U: Tensor, features: Tensor, state: Tensor, outputs: int) -> bool:
+def takes(U: Tensor, activations: Given | TwoSlopes, outputs: int) -> bool:
     """Whether there is a kernel for these arrays."""
     if outputs != 1 or U.device.type != "cpu" or not U.is_contiguous():
         return False
-    if not U.dtype == features.dtype == state.dtype or not few_rows.available(U.dtype):
+    if isinstance(activations, TwoSlopes):
+        arrays = [activations.inputs]
+        known = activations.inputs.dtype in INPUTS.get(U.dtype, ())
+    else:
+        arrays = list(activations)
+        known = all(array.dtype == U.dtype for array in arrays)
+    if not known or any(array.stride(1) != 1 for array in arrays):
         return False
-    return features.stride(1) == state.stride(1) == 1 and library(SOURCE) is not None
+    return few_rows.available(U.dtype) and library(SOURCE) is not None
 
 
 def turn(
     U: Tensor,
-    features: Tensor,
-    state: Tensor,
+    activations: Given | TwoSlopes,
     alpha: Tensor,
     da: Tensor,
     *,
@@ -56,21 +91,25 @@ def turn(
 
     Args:
         U: (n, h), or (n + 1, h) with a row for the linear part; float32 or bfloat16.
-        features: (n, h), of the same dtype.
-        state: the slopes, likewise.
+        activations: features and slopes of the dtype of U, or the inputs that both follow from.
         alpha: (n,) coefficients; where V is in 8 bits, times the scales of dX.
         da: (n,) step of the coefficients.
         linear: what u_n is multiplied with: the scale of dw.
         scales: of the rows of V, (h,), where it is in 8 bits: W is rounded to them then.
     """
     rows, h = U.shape
-    n = len(features)
+    n = len(activations[0])
     in_int8 = scales is not None
     W = U.new_empty(rows, h, dtype=torch.int8 if in_int8 else U.dtype)
     W_scales, Ha = (U.new_empty(size, dtype=torch.float32) for size in (rows, n))
-    alpha, da = alpha.float().contiguous(), da.float().contiguous()
     name = "int8" if in_int8 else few_rows.NAMES[U.dtype]
-    arrays = U, state, state.stride(0), features, features.stride(0)
-    numbers = alpha, da, float(linear), scales
-    call(SOURCE, f"turn_{name}", *arrays, *numbers, n, rows, h, W, W_scales, Ha)
+    if isinstance(activations, TwoSlopes):
+        inputs, left, right = activations
+        name = f"two_slopes_{name}_{INPUTS[U.dtype][inputs.dtype]}"
+        given = inputs, inputs.stride(0), float(left), float(right)
+    else:
+        features, slopes = activations
+        given = slopes, slopes.stride(0), features, features.stride(0)
+    numbers = alpha.float().contiguous(), da.float().contiguous(), float(linear), scales
+    call(SOURCE, f"turn_{name}", U, *given, *numbers, n, rows, h, W, W_scales, Ha)
     return Turned(Int8Rows(W, W_scales) if in_int8 else W, Ha)

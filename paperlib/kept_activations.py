@@ -46,14 +46,20 @@ class KeptActivations:
         for array, part in zip(self._cut(block), found, strict=True):
             array.copy_(part)
 
+    def inputs(self, block: FeatureBlock, X: Tensor) -> Tensor | None:
+        """X V^T of a block, (n, h), as it is kept or anew; None where what follows is kept."""
+        if self.arrays:
+            return self._cut(block)[0] if self.keep == INPUTS else None
+        return None if block.start in self.parts else block.inputs(X)
+
     def open(self, block: FeatureBlock, X: Tensor, *, lifted: bool) -> tuple[Tensor, Any]:
         """Features of a block at the candidates X and the state of its Jacobian."""
         if block.start in self.parts:
             return self.parts[block.start]
-        if not self.arrays:
-            return block.activate(block.inputs(X), lifted=lifted)
-        cut = self._cut(block)
-        return block.activate(cut[0], lifted=lifted) if self.keep == INPUTS else tuple(cut)
+        inputs = self.inputs(block, X)
+        if inputs is None:
+            return tuple(self._cut(block))
+        return block.activate(inputs, lifted=lifted)
 
     def lower(self, dtype: torch.dtype) -> None:
         """Round what is kept to what products in `dtype` need."""

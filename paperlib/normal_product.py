@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from paperlib import between_products
+from paperlib.between_products import Given, TwoSlopes
 from paperlib.int8 import Int8Rows
 from paperlib.random_features import RandomFeatureBlock
 
@@ -43,8 +44,8 @@ class NormalProduct:
         self.HX = torch.zeros_like(self.sent, dtype=dX.dtype)
         self.Ha = torch.zeros_like(da)
 
-    def add(self, block: RandomFeatureBlock, features: Tensor, state: Tensor) -> None:
-        """Add a tile, given its features and slopes, (n, h) each."""
+    def add(self, block: RandomFeatureBlock, activations: Given | TwoSlopes) -> None:
+        """Add a tile, given its features and slopes, or what both follow from."""
         n, V = self.n, block.weights
         if block.in_int8:
             if self.rounded is None:
@@ -52,8 +53,11 @@ class NormalProduct:
             U = V.whole_project(self.rounded)
         else:
             U = block.project(self.sent)
-        if between_products.takes(U, features, state, self.outputs):
-            return self._add_at_once(block, U, features, state)
+        if between_products.takes(U, activations, self.outputs):
+            return self._add_at_once(block, U, activations)
+        if isinstance(activations, TwoSlopes):
+            activations = activations.written_out(U.dtype)
+        features, state = activations
 
         if block.in_int8:
             rows = self.rounded.scale[:, None]
@@ -80,7 +84,7 @@ class NormalProduct:
         self.HX += V.whole_combine(U) if block.in_int8 else block.combine(U)
 
     def _add_at_once(
-        self, block: RandomFeatureBlock, U: Tensor, features: Tensor, state: Tensor
+        self, block: RandomFeatureBlock, U: Tensor, activations: Given | TwoSlopes
     ) -> None:
         """The same from U on, by the kernel for one output."""
         n, V = self.n, block.weights
@@ -89,7 +93,7 @@ class NormalProduct:
             rows, scales = self.rounded.scale, V.scale
             alpha = alpha * rows[:n]
             linear = float(rows[n]) if len(U) > n else 0.0
-        W, Ha = between_products.turn(U, features, state, alpha, da, linear=linear, scales=scales)
+        W, Ha = between_products.turn(U, activations, alpha, da, linear=linear, scales=scales)
         self.Ha += Ha[:, None]
         self.HX += V.combine_rounded(W) if block.in_int8 else block.combine(W)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paperlib.between_products import Given, TwoSlopes
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.expected_normal_matrix import expectation_pays
 from paperlib.feature_map import FeatureMap
@@ -23,6 +24,7 @@ from paperlib.long_sum import LongSum
 from paperlib.memory import NOTHING, PRODUCTS
 from paperlib.normal_product import NormalProduct
 from paperlib.precision import arithmetic
+from paperlib.random_features import RandomFeatureBlock
 
 # Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
 # same point (or features in a common span) then share their coefficient instead of dividing by 0.
@@ -237,19 +239,28 @@ class Linearization:
         """
         n, dtype = len(self.X), arithmetic(self.curvature_dtype)
         blocks = self.model.blocks(dtype=self.curvature_dtype)
-        opened = ((b, *self._kept.open(b, self.X, lifted=self.lift is not None)) for b in blocks)
         if self.model.has_weights:
             product = NormalProduct(self.alpha, dX, da, dw, dtype=dtype)
-            for block, features, state in opened:
-                product.add(block, features, state)
+            for block in blocks:
+                product.add(block, self._activations(block))
             HX, Ha = product.total
         else:
             alpha, low, da_low = self.alpha.to(dtype), dX.to(dtype), da.to(dtype)
             HX, Ha = torch.zeros_like(dX), torch.zeros_like(da)
-            for block, features, state in opened:
+            for block in blocks:
+                features, state = self._kept.open(block, self.X, lifted=False)
                 T = alpha.T @ block.jvp(state, low) + da_low.T @ features
                 HX += block.vjp(state, alpha @ T)
                 Ha += (features @ T.T).to(da.dtype)
         self.passes += self.product_passes
         self.model.sum_over_processes([HX, Ha])
         return HX[:n], Ha, (None if dw is None else HX[n:])
+
+    def _activations(self, block: RandomFeatureBlock) -> Given | TwoSlopes:
+        """Features and slopes of a block at X, or the inputs that tell them at once."""
+        lifted = self.lift is not None
+        slopes = block.two_slopes(lifted=lifted)
+        inputs = self._kept.inputs(block, self.X) if slopes else None
+        if inputs is None:
+            return Given(*self._kept.open(block, self.X, lifted=lifted))
+        return TwoSlopes(inputs, *slopes)

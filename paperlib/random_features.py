@@ -305,6 +305,13 @@ class RandomFeatureBlock(FeatureBlock):
             slope = slope - self.linear
         return features, slope
 
+    def two_slopes(self, *, lifted: bool = False) -> tuple[float, float] | None:
+        """The slopes left and right of 0 where those are all that there are, see `Activation`."""
+        if self.activation.two_slopes is None:
+            return None
+        left, right = (slope - lifted * self.linear for slope in self.activation.two_slopes)
+        return left, right
+
     def jvp(self, state: Tensor, dX: Tensor) -> Tensor:
         """Slopes * (dX V^T), (n, h)."""
         return state * self.project(dX)

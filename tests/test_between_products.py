@@ -5,15 +5,30 @@ import torch
 
 import paperlib
 from paperlib import between_products, few_rows
+from paperlib.between_products import Given, TwoSlopes
+from paperlib.instructions import fast_kernels
 from paperlib.int8 import Int8Rows
 from paperlib.lift import Lift
+from paperlib.memory import KEPT, PRODUCTS
 from paperlib.projection import Linearization
 
 # bfloat16 is rounded to the nearest; in 8 bits a step is asked for, entry by entry.
 FORMATS = {"float32": 1e-6, "bfloat16": 2.5e-3, "int8": None}
 AVAILABLE = [name for name in FORMATS if few_rows.available(getattr(torch, name))]
+# What an older processor would compile; the work between products in 8 bits is on float32.
+OLDER = ["float32", "int8"] if fast_kernels(torch.device("cpu")) else []
 
-pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX-512 and a C++ compiler")
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 and a C++ compiler")
+
+
+@pytest.fixture(
+    params=[("", name) for name in AVAILABLE] + [("-mno-avx512f", name) for name in OLDER],
+    ids=" ".join,
+)
+def name(request, compile_with):
+    flags, name = request.param
+    compile_with(flags)
+    return name
 
 
 def randn(*shape, seed=0):
@@ -21,14 +36,20 @@ def randn(*shape, seed=0):
 
 
 def problem(n, h, dtype, *, lifted=True, wide=0):
-    """U, features and slopes, the latter two views of wider arrays; alpha and da."""
+    """U; features and slopes, views of wider arrays; alpha and da."""
     U = randn(n + lifted, h).to(dtype)
-    features, slopes = (randn(n, h + wide, seed=s).to(dtype)[:, wide:] for s in (1, 2))
-    return U, features, slopes, randn(n, seed=3), randn(n, seed=4)
+    given = Given(*(randn(n, h + wide, seed=s).to(dtype)[:, wide:] for s in (1, 2)))
+    return U, given, randn(n, seed=3), randn(n, seed=4)
 
 
-def exact(U, features, slopes, alpha, da, *, linear=1.0, scales=None):
+def exact(U, activations, alpha, da, *, linear=1.0, scales=None):
     """T times the scales, W and Ha, in float64."""
+    if isinstance(activations, TwoSlopes):
+        u = activations.inputs.double()
+        slopes = torch.where(u > 0, activations.right, activations.left)
+        features = slopes * u
+    else:
+        features, slopes = activations
     U, features, slopes, alpha, da = (x.double() for x in (U, features, slopes, alpha, da))
     n = len(features)
     scales = torch.ones(U.shape[1]).double() if scales is None else scales.double()
@@ -43,12 +64,28 @@ def close(found, expected, tolerance):
     assert float((found.double() - expected).norm() / expected.norm()) < tolerance
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
+def two_slopes(n, h, dtype, *, wide=0, left=-0.25, right=0.75):
+    inputs = randn(n, h + wide, seed=1).to(dtype)[:, wide:]
+    inputs[:, 1::3] = 0.0  # where the slope is that from the left
+    return TwoSlopes(inputs, left, right)
+
+
+KINDS = ["given", torch.float32, torch.bfloat16, torch.float16]
+
+
 @pytest.mark.parametrize("lifted", [True, False])
-@pytest.mark.parametrize(("n", "h", "wide"), [(1, 1, 0), (3, 16, 0), (5, 37, 7), (30, 1000, 5)])
-def test_it_is_the_formulas(name, lifted, n, h, wide):
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(("n", "h", "wide"), [(1, 1, 0), (3, 16, 0), (5, 37, 7), (30, 999, 5)])
+def test_it_is_the_formulas(name, lifted, kind, n, h, wide):
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     arrays = problem(n, h, dtype, lifted=lifted, wide=wide)
+    if kind != "given":
+        U, _, *numbers = arrays
+        arrays = U, two_slopes(n, h, kind, wide=wide), *numbers
+        if kind not in between_products.INPUTS[dtype]:
+            assert not between_products.takes(*arrays[:2], 1)
+            return
+    assert between_products.takes(*arrays[:2], 1)
     options = {}
     if name == "int8":
         options = {"linear": 0.3, "scales": 0.1 + randn(h, seed=5).abs()}
@@ -77,37 +114,66 @@ def test_threads_change_nothing():
 
 @pytest.mark.skipif("int8" not in AVAILABLE, reason="no instructions for 8 bits")
 def test_nothing_goes_back_as_zeros():
-    U, features, slopes, alpha, da = problem(2, 40, torch.float32)
-    W, Ha = between_products.turn(0 * U, features, slopes, alpha, 0 * da, scales=torch.ones(40))
+    U, given, alpha, da = problem(2, 40, torch.float32)
+    W, Ha = between_products.turn(0 * U, given, alpha, 0 * da, scales=torch.ones(40))
     assert isinstance(W, Int8Rows)
     assert torch.equal(W.values, torch.zeros(3, 40, dtype=torch.int8))
     assert bool((W.scale > 0).all()) and torch.equal(Ha, torch.zeros(2))
 
 
 def test_it_takes_nothing_where_its_own_source_does_not_compile(monkeypatch):
-    U, features, slopes, *_ = problem(4, 50, torch.float32)
+    U, given, *_ = problem(4, 50, torch.float32)
     monkeypatch.setattr(between_products, "library", lambda name: None)
-    assert not between_products.takes(U, features, slopes, 1)
+    assert not between_products.takes(U, given, 1)
 
 
 def test_it_takes_one_output_in_the_formats_of_the_kernels():
-    U, features, slopes, *_ = problem(4, 50, torch.float32)
+    U, (features, slopes), *_ = problem(4, 50, torch.float32)
     takes = between_products.takes
-    assert takes(U, features, slopes, 1)
-    assert not takes(U, features, slopes, 2)
-    assert not takes(U.double(), features.double(), slopes.double(), 1)
-    assert not takes(U, features.T.contiguous().T, slopes, 1)
-    assert not takes(U, features, slopes.bfloat16(), 1)
-    assert not takes(*(x.to("meta") for x in (U, features, slopes)), 1)
+    assert takes(U, Given(features, slopes), 1)
+    assert not takes(U, Given(features, slopes), 2)
+    assert not takes(U.double(), Given(features.double(), slopes.double()), 1)
+    assert not takes(U, Given(features.T.contiguous().T, slopes), 1)
+    assert not takes(U, Given(features, slopes.bfloat16()), 1)
+    assert not takes(U.to("meta"), Given(features.to("meta"), slopes.to("meta")), 1)
+    inputs = TwoSlopes(features, 0.0, 1.0)
+    assert takes(U, inputs, 1)
+    assert not takes(U, inputs, 2)
+    assert not takes(U, inputs._replace(inputs=features.T.contiguous().T), 1)
+    assert not takes(U, inputs._replace(inputs=features.double()), 1)
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lifted", [True, False])
+def test_two_slopes_written_out_are_what_a_block_computes(dtype, lifted):
+    model = paperlib.RandomFeatures(20, 1500, seed=1)
+    X = paperlib.sphere(4, 20, seed=2).X
+    for block in model.blocks(dtype=dtype):
+        inputs = block.inputs(X.to(dtype))
+        inputs[:, :10] = 0.0
+        found = TwoSlopes(inputs, *block.two_slopes(lifted=lifted)).written_out(dtype)
+        for part, expected in zip(found, block.activate(inputs, lifted=lifted), strict=True):
+            assert part.dtype == dtype
+            torch.testing.assert_close(part, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_only_an_activation_of_two_slopes_says_so():
+    for name in paperlib.activation_names():
+        slopes = paperlib.activation(name).two_slopes
+        assert (slopes is not None) == (name == "relu")
+    u = torch.linspace(-2, 2, 5)
+    left, right = paperlib.activation("relu").two_slopes
+    assert torch.equal(torch.where(u > 0, right * u, left * u), torch.relu(u))
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_a_product_with_the_normal_matrix_is_the_same_with_and_without_it(
-    name, lifted, monkeypatch
+    name, lifted, keep, activation, monkeypatch
 ):
     dtype = getattr(torch, name)
-    model = paperlib.RandomFeatures(40, 5000, seed=1)
+    model = paperlib.RandomFeatures(40, 5000, activation, seed=1)
     theta, X = randn(1, 5000), paperlib.sphere(4, 40, seed=2).X
     lift = Lift(model, theta, dtype=torch.float32) if lifted else None
     point = Linearization(
@@ -118,15 +184,21 @@ def test_a_product_with_the_normal_matrix_is_the_same_with_and_without_it(
         dtype=torch.float32 if name == "int8" else dtype,
         curvature_dtype=dtype,
         curvature=True,
+        keep=keep,
     )
     step = randn(4, 40, seed=3), randn(4, 1, seed=4), randn(1, 40, seed=5) if lifted else None
     calls = []
     turn = between_products.turn
     monkeypatch.setattr(
-        between_products, "turn", lambda *args, **options: calls.append(1) or turn(*args, **options)
+        between_products,
+        "turn",
+        lambda U, given, *args, **options: (
+            calls.append(type(given)) or turn(U, given, *args, **options)
+        ),
     )
     with_it = point.product(*step)
-    assert calls
+    follow = activation == "relu" and keep != PRODUCTS
+    assert set(calls) == {TwoSlopes if follow else Given}
     monkeypatch.setattr(between_products, "takes", lambda *arguments: False)
     without = point.product(*step)
     for found, expected in zip(with_it, without, strict=True):
