@@ -1,19 +1,22 @@
 """How near the products of the attack run to what the machine can do.
 
     python benchmarks/products.py [--d 3072] [--p 65536] [--n 14 30 70 140] [--threads 2]
-        [--dtypes bfloat16 float32 int8] [--out results/products.csv]
+        [--dtypes bfloat16 float32 int8] [--avx2] [--out results/products.csv]
 
-Each product with V of a pass (2 n p d operations) has two floors: its operations over the rate of
-a large square matrix product, and one reading of V over the bandwidth of a large sum. The larger
-of the two floors over the time measured is its efficiency, 1 at best. All in one run, with the
-kernels of this package where the machine has them, and with the libraries of torch alone. int8 is
-for the Gauss-Newton product alone.
+Each product of r rows with V (2 r p d operations; n rows for the candidates and one for the linear
+part) has two floors: its operations over the rate of a large square matrix product, and one reading
+of V over the bandwidth of a large sum. The larger of the two floors over the time measured is its
+efficiency, 1 at best. All in one run, with the kernels of this package where the machine has them,
+and with the libraries of torch alone. int8 is for the Gauss-Newton product alone. `--avx2` leaves
+AVX-512 unused, as on processors that do not have it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,22 +127,23 @@ def measure_with(
     point = linearize()
     step = torch.randn_like(X), X.new_zeros(n, 1), X.new_zeros(1, d)
     size = torch.empty(0, dtype=dtype).element_size()
-    # (name, work, products with n vectors, readings of V)
+    # (name, work, rows that are multiplied with V, readings of V)
     cases = [
-        ("linearize", linearize, 3, 2),
-        ("Gauss-Newton product", lambda: point.product(*step), 2, 1),
+        ("linearize", linearize, 3 * n + 1, 2),
+        ("Gauss-Newton product", lambda: point.product(*step), 2 * (n + 1), 1),
     ]
     if dtype == torch.int8:
         cases = cases[1:]
     rows = []
-    for name, work, products, readings in cases:
+    for name, work, multiplied, readings in cases:
         took = seconds(work)
-        operations, read = 2 * n * p * d * products, size * p * d * readings
+        operations, read = 2 * multiplied * p * d, size * p * d * readings
         floor = max(operations / rate, read / bandwidth)
         rows.append(
             {
                 "product": name,
                 "dtype": str(dtype).removeprefix("torch."),
+                "instructions": "AVX2" if "ONEDNN_MAX_CPU_ISA" in os.environ else "all",
                 "kernels": kernels,
                 "n": n,
                 "p": p,
@@ -155,6 +159,25 @@ def measure_with(
     return rows
 
 
+# What keeps a compiler, and the libraries of torch, from using AVX-512.
+AVX2 = {
+    "CXX": "c++ -mno-avx512f",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def leave_avx512_unused() -> None:
+    """Begin again in an environment that hides AVX-512; there, hide it from this package too."""
+    if os.environ | AVX2 != dict(os.environ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
+    has = torch.cpu.get_capabilities()
+    newer = "avx512", "amx", "avx_vnni"
+    hidden = {name: value for name, value in has.items() if not name.startswith(newer)}
+    torch.cpu.get_capabilities = lambda: hidden
+
+
 def main() -> None:
     """Measure, save as rows come and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -164,8 +187,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32", "int8"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--avx2", action="store_true", help="as without AVX-512: float32 alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.avx2:
+        leave_avx512_unused()
+        options.dtypes = ["float32"]
     torch.set_num_threads(options.threads)
     rows = []
     for dtype in (getattr(torch, name) for name in options.dtypes):
