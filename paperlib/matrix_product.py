@@ -1,6 +1,6 @@
 """The two products of a pass with a tile of V: A V^T and W V, where A and W have few rows.
 
-On processors with AVX-512 the kernels of `few_rows.py` take them, where there is a compiler.
+On processors with AVX-512 or AVX2 the kernels of `few_rows.py` take them, where there is a compiler.
 Otherwise torch has two libraries for them on x86 processors. `A @ B` in float32 calls MKL, which
 copies the right factor, here V, into another order first: with few rows on its left, that takes
 longer than the product. oneDNN, which torch calls from compiled modules, makes a kernel for the
