@@ -219,7 +219,7 @@ class Attempts(Stages):
             self.n,
             candidates=self.candidates,
             lift=self.lift,
-            dtype=self.bulk,
+            dtype=self.products,
             forcing=self.forcing,
             generator=self.generator,
         )
@@ -261,7 +261,15 @@ class Attempts(Stages):
         seconds, passes = time.perf_counter() - begun, round(search.passes - before)
         self._log(
             stage_record(
-                SEARCH, self.bulk, "done", math.nan, self.candidates, passes, seconds, restart
+                SEARCH,
+                self.model.dtype,
+                "done",
+                math.nan,
+                self.candidates,
+                passes,
+                seconds,
+                restart,
+                products=self.products,
             )
         )
         return X

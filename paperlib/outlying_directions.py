@@ -85,7 +85,9 @@ class SecondMoment:
             U = block.project(rows)
             U = U if shared else U.view(C, q, -1)
             weighted = self.centred[:, None, block.start : block.stop].to(U.dtype) * U
-            total.add(block.combine(weighted.flatten(0, 1)), block.stop - block.start)
+            # Products with Y, whose entries differ much, are too coarse in 8 bits.
+            combine = block.weights.combine_sharp if block.in_int8 else block.combine
+            total.add(combine(weighted.flatten(0, 1)), block.stop - block.start)
         self.passes += 2
         product = total.total
         self.model.sum_over_processes([product])

@@ -109,8 +109,7 @@ class SubspaceSearch:
             n: how many samples.
             candidates: n^ >= n, in a search.
             lift: the projection off the columns of V.
-            dtype: of products with all of V. In 8 bits the directions would be too blurred: the
-                rows that go through V here are products with theta, whose entries differ much.
+            dtype: of products with all of V.
             forcing: relative residual of the linear solves.
             generator: source of the candidates.
         """

@@ -6,7 +6,15 @@ import pytest
 import torch
 from stage_by_stage import kept_bytes, second_order_solver, with_outcomes
 
-from paperlib import ModuleFeatures, RandomFeatures, compare, fit_min_norm, reconstruct, sphere
+from paperlib import (
+    ModuleFeatures,
+    RandomFeatures,
+    compare,
+    fit_min_norm,
+    reconstruct,
+    sphere,
+    subspace_search,
+)
 from paperlib.activations import Activation
 from paperlib.given_features import GivenFeatures
 from paperlib.levenberg_marquardt import levenberg_marquardt
@@ -84,6 +92,18 @@ def test_outlying_directions_are_the_eigenvectors_beyond_the_edge(C, d):
     torch.testing.assert_close(found @ found.T, torch.eye(len(found), dtype=found.dtype))
     overlaps = (found @ vectors[:, -len(found) :].flip(1)).diagonal().abs()
     assert overlaps.min() > 0.99, overlaps
+
+
+def test_outlying_directions_in_fewer_digits_are_the_same():
+    model, theta, _ = problem(4, 200, 12.0, dtype=torch.float32)
+    Y = Lift(model, theta, dtype=model.dtype).theta
+    exact, *others = (
+        outlying_directions(model, Y, most=8, dtype=dtype, generator=generator())[0]
+        for dtype in (torch.float32, torch.bfloat16, torch.int8)
+    )
+    for found in others:
+        assert found.shape == exact.shape and len(exact) >= 2
+        assert float(torch.linalg.svdvals(found @ exact.T).min()) > 0.99
 
 
 def test_noise_has_no_outlying_direction_but_one_is_given():
@@ -207,6 +227,25 @@ def test_all_samples_come_back(n, d, ratio, C, name):
     assert stages[:3] == ["lift", "search in a subspace", "bulk"]
     assert found.options["start"] == "subspace"
     assert len(found.elimination_losses) == n + 1
+
+
+@pytest.mark.parametrize("bulk", ["float32", "bfloat16", "int8"])
+def test_directions_are_searched_for_in_the_format_of_the_products(bulk, monkeypatch):
+    model, theta, data = problem(4, 60, 5.0, dtype=torch.float32)
+    formats = set()
+    search = subspace_search.outlying_directions
+
+    def watched(*arguments, dtype, **options):
+        formats.add(dtype)
+        return search(*arguments, dtype=dtype, **options)
+
+    monkeypatch.setattr(subspace_search, "outlying_directions", watched)
+    found = reconstruct(model, theta, 4, start="subspace", bulk=bulk, progress=False)
+    assert formats == {getattr(torch, bulk)}
+    searches = [stage for stage in found.stages if stage["stage"] == "search in a subspace"]
+    assert {(stage["dtype"], stage["products"]) for stage in searches} == {("float32", bulk)}
+    assert found.explained
+    assert compare(data.X, found.samples).signed.max() < 1e-3
 
 
 def test_the_first_start_finds_what_random_starts_need_more_work_for():
