@@ -1,12 +1,12 @@
 """The two products of a pass with a tile of V: A V^T and W V, where A and W have few rows.
 
-On processors with AVX-512 or AVX2 the kernels of `few_rows.py` take them, where there is a compiler.
-Otherwise torch has two libraries for them on x86 processors. `A @ B` in float32 calls MKL, which
-copies the right factor, here V, into another order first: with few rows on its left, that takes
-longer than the product. oneDNN, which torch calls from compiled modules, makes a kernel for the
-very shapes and reads V as it lies. With AVX-512 it takes from two thirds to half of MKL's time for
-14 to 30 rows of d = 3,072, and less for a hundred; with older instructions it is no faster, and it
-has no fast kernel for a left factor whose rows are not contiguous.
+On processors with AVX-512 or AVX2 the kernels of `few_rows.py` take them, where there is a
+compiler. Otherwise torch has two libraries for them on x86 processors. `A @ B` in float32 calls
+MKL, which copies the right factor, here V, into another order first: with few rows on its left,
+that takes longer than the product. oneDNN, which torch calls from compiled modules, makes a kernel
+for the very shapes and reads V as it lies. With AVX-512 it takes from two thirds to half of MKL's
+time for 14 to 30 rows of d = 3,072, and less for a hundred; with older instructions it is no
+faster, and it has no fast kernel for a left factor whose rows are not contiguous.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from paperlib.compiled import cache_folder, library
 SOURCE = few_rows.SOURCE
 
 needs_compiler = pytest.mark.skipif(
-    not few_rows.available(torch.float32), reason="needs AVX-512 and a C++ compiler"
+    not few_rows.available(torch.float32), reason="needs AVX2 and a C++ compiler"
 )
 
 
@@ -52,6 +53,20 @@ def test_another_processor_compiles_for_itself(monkeypatch):
     library.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"other": True}, raising=False)
     library(SOURCE)
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+@needs_compiler
+def test_what_a_header_says_is_compiled_anew(monkeypatch, tmp_path):
+    package = Path(compiled.__file__).parent
+    for path in (package / SOURCE, *package.glob("*.h")):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    assert library(SOURCE).project_float32
+    for header in tmp_path.glob("*.h"):
+        header.write_text(header.read_text() + "// changed\n")
+    library.cache_clear()
+    assert library(SOURCE).project_float32
     assert len(list(cache_folder().iterdir())) == 2
 
 
