@@ -24,7 +24,7 @@ SOURCE = "few_rows.cpp"
 LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
-MOST_TERMS = (2**31 - 1) // (255 * 127)
+MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -42,7 +42,7 @@ def takes(A: Tensor, V: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (A.requires_grad or V.requires_grad):
         return False  # they have no derivative
-    if V.dtype == torch.int8 and A.shape[1] > MOST_TERMS:
+    if V.dtype == torch.int8 and A.shape[1] > MOST_SHIFTED_TERMS:
         return False
     return available(V.dtype)
 

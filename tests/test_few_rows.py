@@ -8,7 +8,7 @@ from paperlib import few_rows
 from paperlib.few_rows import (
     LEAST_DIMENSION,
     MOST_ROWS,
-    MOST_TERMS,
+    MOST_SHIFTED_TERMS,
     ROWS_SHARE,
     WORTHWHILE,
 )
@@ -91,15 +91,17 @@ def test_nor_on_the_number_of_threads(dtype, threads):
 def test_largest_sums_of_whole_numbers_do_not_overflow():
     if torch.int8 not in AVAILABLE:
         pytest.skip("no instructions for 8 bits")
-    ones = torch.full((2, MOST_TERMS), 127, dtype=torch.int8)
+    ones = torch.full((2, MOST_SHIFTED_TERMS), 127, dtype=torch.int8)
     for sign in (1, -1):
         found = few_rows.project(sign * ones[:1], ones)
-        assert found.tolist() == [[pytest.approx(sign * 127.0**2 * MOST_TERMS)] * 2]
+        assert found.tolist() == [[pytest.approx(sign * 127.0**2 * MOST_SHIFTED_TERMS)] * 2]
         turned = ones.T.contiguous()
         assert few_rows.combine(sign * ones, turned).unique().tolist() == [
-            pytest.approx(sign * 127.0**2 * MOST_TERMS)
+            pytest.approx(sign * 127.0**2 * MOST_SHIFTED_TERMS)
         ]
-    assert not few_rows.takes(ones.new_ones(1, MOST_TERMS + 1), ones.new_ones(600, MOST_TERMS + 1))
+    assert not few_rows.takes(
+        ones.new_ones(1, MOST_SHIFTED_TERMS + 1), ones.new_ones(600, MOST_SHIFTED_TERMS + 1)
+    )
 
 
 @pytest.mark.skipif(torch.int8 not in AVAILABLE, reason="no instructions for 8 bits")
