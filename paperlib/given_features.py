@@ -13,7 +13,8 @@ from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.precision import arithmetic
-from paperlib.random_features import RandomFeatureBlock, tile_rows
+from paperlib.random_feature_block import RandomFeatureBlock
+from paperlib.random_features import tile_rows
 
 _activation = activation
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from paperlib import between_products
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.int8 import Int8Rows
-from paperlib.random_features import RandomFeatureBlock
+from paperlib.random_feature_block import RandomFeatureBlock
 
 
 class NormalProduct:

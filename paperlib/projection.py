@@ -24,7 +24,7 @@ from paperlib.long_sum import LongSum
 from paperlib.memory import NOTHING, PRODUCTS
 from paperlib.normal_product import NormalProduct
 from paperlib.precision import arithmetic
-from paperlib.random_features import RandomFeatureBlock
+from paperlib.random_feature_block import RandomFeatureBlock
 
 # Relative size below which a direction of the Gram matrix counts as absent: two candidates at the
 # same point (or features in a common span) then share their coefficient instead of dividing by 0.

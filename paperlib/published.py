@@ -30,7 +30,7 @@ from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.memory import bytes_of, check_fits
 from paperlib.progress import Progress
 from paperlib.projection import projection_loss
-from paperlib.random_features import RandomFeatureBlock
+from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.saved_attack import SavedAttack
 from paperlib.sphere import to_sphere
 from paperlib.streams import stream

@@ -14,9 +14,9 @@ from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.int8 import Int8Rows
-from paperlib.matrix_product import combine, project
 from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.precision import arithmetic
+from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.streams import stream
 
 # V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
@@ -258,72 +258,6 @@ class RandomFeatures(FeatureMap):
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-
-class RandomFeatureBlock(FeatureBlock):
-    """The features act(v_k . x) of a range of rows v_k."""
-
-    def __init__(
-        self, start: int, weights: Tensor | Int8Rows, activation: Activation, linear: float
-    ):
-        """Hold rows start, .. of V, shape (h, d)."""
-        self.start = start
-        self.stop = start + len(weights)
-        self.weights = weights
-        self.activation = activation
-        self.linear = linear
-
-    def linearize(self, X: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
-        """Features (n, h) and the slopes act'(u), (n, h), as state."""
-        return self.activate(self.inputs(X), lifted=lifted)
-
-    def inputs(self, X: Tensor) -> Tensor:
-        """U = X V^T, (n, h)."""
-        return self.project(X)
-
-    def project(self, A: Tensor) -> Tensor:
-        """A V^T, (m, h), for A of shape (m, d)."""
-        V = self.weights
-        A = A.to(V.dtype)
-        return V.project(A) if self.in_int8 else project(A, V)
-
-    def combine(self, W: Tensor) -> Tensor:
-        """W V, (m, d), for W of shape (m, h)."""
-        return self.weights.combine(W) if self.in_int8 else combine(W, self.weights)
-
-    @property
-    def in_int8(self) -> bool:
-        """Whether the rows of V are rounded to 8 bits."""
-        return isinstance(self.weights, Int8Rows)
-
-    def activate(self, inputs: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
-        """Features act(u), (n, h), and the slopes act'(u), (n, h), as state."""
-        U = inputs.to(self.weights.dtype)
-        features, slope = self.activation.value(U), self.activation.slope(U)
-        if lifted:
-            features = torch.sub(features, U, alpha=self.linear)
-            slope = slope - self.linear
-        return features, slope
-
-    def two_slopes(self, *, lifted: bool = False) -> tuple[float, float] | None:
-        """The slopes left and right of 0 where those are all that there are, see `Activation`."""
-        if self.activation.two_slopes is None:
-            return None
-        left, right = (slope - lifted * self.linear for slope in self.activation.two_slopes)
-        return left, right
-
-    def jvp(self, state: Tensor, dX: Tensor) -> Tensor:
-        """Slopes * (dX V^T), (n, h)."""
-        return state * self.project(dX)
-
-    def vjp(self, state: Tensor, W: Tensor) -> Tensor:
-        """(slopes * W) V, (n, d)."""
-        return self.combine(state * W.to(state.dtype))
-
-    def slope_gram(self, state: Tensor) -> Tensor:
-        """sum_k act'(u_ik) act'(u_jk) ||v_k||^2 / d, with ||v_k||^2 at its mean, 1."""
-        S = state if state.dtype == torch.float64 else state.float()
-        return S @ S.T / self.weights.shape[1]
 
 
 _activation = activation
