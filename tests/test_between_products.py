@@ -101,6 +101,26 @@ def test_it_is_the_formulas(name, lifted, kind, n, h, wide):
         close(W, expected_W, FORMATS[name])
 
 
+def test_nothing_is_written_beyond_its_end(name, monkeypatch):
+    """Rows end within a register here."""
+    n, h, room = 3, 37, 64
+    U, given, *numbers = problem(n, h, torch.bfloat16 if name == "bfloat16" else torch.float32)
+    kinds = given, TwoSlopes(given.features, 0.0, 1.0)
+    kernel, ends = between_products.call, []
+
+    def with_room(source, function, *arguments):
+        *others, W, W_scales, Ha = arguments
+        wide = W.new_full((W.numel() + room,), 77)
+        kernel(source, function, *others, wide, W_scales, Ha)
+        ends.append(wide[W.numel() :])
+
+    monkeypatch.setattr(between_products, "call", with_room)
+    scales = torch.ones(h) if name == "int8" else None
+    for activations in kinds:
+        between_products.turn(U, activations, *numbers, scales=scales)
+    assert len(ends) == 2 and all(bool((end == 77).all()) for end in ends)
+
+
 def test_threads_change_nothing():
     arrays = problem(6, 500, torch.float32)
     alone = between_products.turn(*arrays)
