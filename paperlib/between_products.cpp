@@ -140,12 +140,12 @@ extern "C" {
   }
 TURN(float32, float, float)
 TURN_TWO_SLOPES(float32_float32, float, float, float)
-TURN_TWO_SLOPES(float32_float16, float, Float16, float)
+TURN_TWO_SLOPES(float32_float16, float, Float16Number, float)
 #ifdef __AVX512BF16__
-TURN(bfloat16, Bfloat16, Bfloat16)
-TURN_TWO_SLOPES(bfloat16_bfloat16, Bfloat16, Bfloat16, Bfloat16)
+TURN(bfloat16, Bfloat16Number, Bfloat16Number)
+TURN_TWO_SLOPES(bfloat16_bfloat16, Bfloat16Number, Bfloat16Number, Bfloat16Number)
 #endif
 TURN(int8, float, int8_t)
 TURN_TWO_SLOPES(int8_float32, float, float, int8_t)
-TURN_TWO_SLOPES(int8_float16, float, Float16, int8_t)
+TURN_TWO_SLOPES(int8_float16, float, Float16Number, int8_t)
 }

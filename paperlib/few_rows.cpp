@@ -37,11 +37,6 @@ template <class T> std::unique_ptr<T[], Free<T>> allocate(long count) {
 
 // Where a block of rows begins: all have the same height, to one.
 inline long begin_of(long block, long m, long blocks) { return block * m / blocks; }
-inline long block_of(long row, long m, long blocks) {
-  long block = row * blocks / m;
-  while (begin_of(block + 1, m, blocks) <= row) block++;
-  return block;
-}
 
 // ---- A V^T
 
@@ -193,7 +188,8 @@ void order_rows(const typename F::number *W, long m, long h, long blocks, int32_
   const long full = h / F::PER_LANE, groups = (h + F::PER_LANE - 1) / F::PER_LANE;
 #pragma omp for schedule(static)
   for (long i = 0; i < m; i++) {
-    const long block = block_of(i, m, blocks);
+    long block = i * blocks / m;
+    while (begin_of(block + 1, m, blocks) <= i) block++;
     const long begin = begin_of(block, m, blocks), rows = begin_of(block + 1, m, blocks) - begin;
     const typename F::number *from = W + i * h;
     int32_t *to = ordered + begin * groups + i - begin;

@@ -3,61 +3,13 @@
 
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-
-#define UNROLL _Pragma("GCC unroll 16")
+#include "few_rows_float32.h"
 
 namespace {
 
-using Register = __m512i;
-
-constexpr int LANES = 16;          // of a register
 constexpr int PROJECT_ROWS = 6;    // of A ..
 constexpr int PROJECT_COLUMNS = 4; // .. with so many of V fit the registers
 constexpr int COMBINE_ROWS = 14;   // of W, with two registers of V
-
-inline Register load(const void *p) { return _mm512_loadu_si512(p); }
-inline void store(void *p, Register values) { _mm512_store_si512(p, values); }
-inline Register broadcast(int32_t number) { return _mm512_set1_epi32(number); }
-
-// A load that is not made again for every product, as GCC makes it for float32.
-inline Register load_once(const void *p) {
-  Register loaded = load(p);
-  __asm__("" : "+v"(loaded));
-  return loaded;
-}
-
-// What is common to the formats whose sums are in float32.
-struct FloatingSums {
-  using sums = __m512;
-  static sums zero() { return _mm512_setzero_ps(); }
-  static sums add(sums a, sums b) { return _mm512_add_ps(a, b); }
-  static __m512i of_v(__m512i v) { return v; }
-  static int32_t offset(const void *, long) { return 0; }
-  static void write(float *to, sums c, int32_t) { _mm512_store_ps(to, c); }
-};
-
-struct Float32 : FloatingSums {
-  using number = float;
-  static constexpr int PER_LANE = 1;
-  // Sums of 4 neighbouring columns, in the order in which they lie in two registers.
-  static constexpr int ORDER[8] = {0, 4, 8, 12, 16, 20, 24, 28};
-
-  static Register first(const number *p, int count) {
-    return _mm512_castps_si512(_mm512_maskz_loadu_ps((1u << count) - 1, p));
-  }
-  static sums add_product(sums c, __m512i v, __m512i a) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(a), c);
-  }
-
-  // 32 columns of a row.
-  static void order(const number *V, long d, __m512i &v, __m512i &u) {
-    v = _mm512_loadu_si512(V);
-    u = _mm512_loadu_si512(V + LANES);
-  }
-};
 
 #ifdef __AVX512BF16__
 struct Bfloat16 : FloatingSums {

@@ -10,33 +10,38 @@
 
 namespace {
 
-struct Float16 {
+struct Float16Number {
   uint16_t bits;
 };
-struct Bfloat16 {
+struct Bfloat16Number {
   uint16_t bits;
 };
 
 #ifdef __AVX512F__
 
-constexpr long LANES = 16;
+constexpr int LANES = 16;
 using Lanes = __m512;
+using Register = __m512i; // whatever is in it
 using Part = __mmask16;
+
+inline Register load(const void *p) { return _mm512_loadu_si512(p); }
+inline void store(void *p, Register values) { _mm512_store_si512(p, values); }
+inline Register broadcast(int32_t number) { return _mm512_set1_epi32(number); }
 
 inline Part first(long count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
 inline Lanes all(float number) { return _mm512_set1_ps(number); }
 
 inline Lanes load(const float *p, Part part) { return _mm512_maskz_loadu_ps(part, p); }
-inline Lanes load(const Float16 *p, Part part) {
+inline Lanes load(const Float16Number *p, Part part) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(part, p));
 }
-inline Lanes load(const Bfloat16 *p, Part part) {
+inline Lanes load(const Bfloat16Number *p, Part part) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(part, p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline void store(float *p, Lanes values, Part part) { _mm512_mask_storeu_ps(p, part, values); }
 #ifdef __AVX512BF16__
-inline void store(Bfloat16 *p, Lanes values, Part part) {
+inline void store(Bfloat16Number *p, Lanes values, Part part) {
   _mm256_mask_storeu_epi16(p, part, (__m256i)_mm512_cvtneps_pbh(values));
 }
 #endif
@@ -57,9 +62,14 @@ inline float largest_of(Lanes a) { return _mm512_reduce_max_ps(a); }
 
 #else
 
-constexpr long LANES = 8;
+constexpr int LANES = 8;
 using Lanes = __m256;
+using Register = __m256i; // whatever is in it
 using Part = int;
+
+inline Register load(const void *p) { return _mm256_loadu_si256((const Register *)p); }
+inline void store(void *p, Register values) { _mm256_store_si256((Register *)p, values); }
+inline Register broadcast(int32_t number) { return _mm256_set1_epi32(number); }
 
 inline Part first(long count) { return count >= LANES ? LANES : count; }
 inline Lanes all(float number) { return _mm256_set1_ps(number); }
@@ -68,7 +78,7 @@ inline __m256i there(Part part) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(part), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Lanes load(const float *p, Part part) { return _mm256_maskload_ps(p, there(part)); }
-inline Lanes load(const Float16 *p, Part part) {
+inline Lanes load(const Float16Number *p, Part part) {
   __m128i bits = _mm_setzero_si128();
   if (part == LANES) {
     bits = _mm_loadu_si128((const __m128i *)p);
