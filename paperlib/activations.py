@@ -113,7 +113,8 @@ def _at(function: Callable[[Tensor], Tensor], z: float) -> float:
     return float(function(torch.tensor(z, dtype=torch.float64)))
 
 
-def _step(u: Tensor) -> Tensor:
+def step(u: Tensor) -> Tensor:
+    """1 where u > 0 and 0 elsewhere, in the dtype of u: the slope of a ReLU."""
     return torch.sign(torch.relu(u))  # several times as fast as a comparison and its conversion
 
 
@@ -132,11 +133,11 @@ def _normal_cdf(u: Tensor) -> Tensor:
 _ACTIVATIONS = {
     act.name: act
     for act in (
-        Activation("relu", torch.relu, _step, has_relu=True, two_slopes=(0.0, 1.0)),
+        Activation("relu", torch.relu, step, has_relu=True, two_slopes=(0.0, 1.0)),
         Activation(
             "relu+tanh",
             lambda u: torch.relu(u) + torch.tanh(u),
-            lambda u: _step(u) + _tanh_slope(u),
+            lambda u: step(u) + _tanh_slope(u),
             has_relu=True,
         ),
         Activation("tanh", torch.tanh, _tanh_slope, odd=True),

@@ -76,14 +76,9 @@ class Int8Rows:
         W = W * self.scale
         most = Int8Rows.of(W)
         rest = Int8Rows.of(W - most.float())
-        values, scale = (torch.cat(pair) for pair in zip(most.parts, rest.parts, strict=True))
-        both = self.combine_rounded(Int8Rows(values, scale))
+        values = torch.cat([most.values, rest.values])
+        both = self.combine_rounded(Int8Rows(values, torch.cat([most.scale, rest.scale])))
         return both[: len(W)] + both[len(W) :]
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """Whole numbers and scales."""
-        return self.values, self.scale
 
     def whole_project(self, A: Int8Rows) -> Tensor:
         """A V^T, (m, h), of the whole numbers: without the scales of the rows of either."""

@@ -54,12 +54,10 @@ class KeptActivations:
 
     def open(self, block: FeatureBlock, X: Tensor, *, lifted: bool) -> tuple[Tensor, Any]:
         """Features of a block at the candidates X and the state of its Jacobian."""
-        if block.start in self.parts:
-            return self.parts[block.start]
         inputs = self.inputs(block, X)
-        if inputs is None:
-            return tuple(self._cut(block))
-        return block.activate(inputs, lifted=lifted)
+        if inputs is not None:
+            return block.activate(inputs, lifted=lifted)
+        return tuple(self._cut(block)) if self.arrays else self.parts[block.start]
 
     def lower(self, dtype: torch.dtype) -> None:
         """Round what is kept to what products in `dtype` need."""

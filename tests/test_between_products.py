@@ -82,7 +82,7 @@ def test_it_is_the_formulas(name, lifted, kind, n, h, wide):
     if kind != "given":
         U, _, *numbers = arrays
         arrays = U, two_slopes(n, h, kind, wide=wide), *numbers
-        if kind not in between_products.INPUTS[dtype]:
+        if kind not in between_products.INPUT_FORMATS[dtype]:
             assert not between_products.takes(*arrays[:2], 1)
             return
     assert between_products.takes(*arrays[:2], 1)
