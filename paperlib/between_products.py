@@ -24,6 +24,7 @@ from torch import Tensor
 from paperlib import few_rows
 from paperlib.activations import step
 from paperlib.compiled import call, library
+from paperlib.instructions import vector_instructions
 from paperlib.int8 import Int8Rows
 
 SOURCE = "between_products.cpp"
@@ -67,15 +68,31 @@ def takes(U: Tensor, activations: Given | TwoSlopes, outputs: int) -> bool:
     """Whether there is a kernel for these arrays."""
     if outputs != 1 or U.device.type != "cpu" or not U.is_contiguous():
         return False
+    if not reads(activations, U.dtype) or U.dtype not in few_rows.NAMES:
+        return False
+    compiled = library(SOURCE) if vector_instructions(U.device) else None
+    return compiled is not None and hasattr(compiled, f"turn_{few_rows.NAMES[U.dtype]}")
+
+
+def reads(activations: Given | TwoSlopes, dtype: torch.dtype) -> bool:
+    """Whether kernels on numbers of that format read these activations."""
     if isinstance(activations, TwoSlopes):
         arrays = [activations.inputs]
-        known = activations.inputs.dtype in INPUT_FORMATS.get(U.dtype, ())
+        known = activations.inputs.dtype in INPUT_FORMATS.get(dtype, ())
     else:
         arrays = list(activations)
-        known = all(array.dtype == U.dtype for array in arrays)
-    if not known or any(array.stride(1) != 1 for array in arrays):
-        return False
-    return few_rows.available(U.dtype) and library(SOURCE) is not None
+        known = all(array.dtype == dtype for array in arrays)
+    return known and all(array.stride(1) == 1 for array in arrays)
+
+
+def arguments(format_name: str, activations: Given | TwoSlopes) -> tuple[str, tuple]:
+    """The end of a kernel's name, and the activations as it takes them."""
+    if isinstance(activations, TwoSlopes):
+        inputs, left, right = activations
+        kernel = f"two_slopes_{format_name}_{inputs.dtype}".replace("torch.", "")
+        return kernel, (inputs, inputs.stride(0), float(left), float(right))
+    features, slopes = activations
+    return format_name, (slopes, slopes.stride(0), features, features.stride(0))
 
 
 def turn(
@@ -103,13 +120,7 @@ def turn(
     W = U.new_empty(rows, h, dtype=torch.int8 if in_int8 else U.dtype)
     W_scales, Ha = (U.new_empty(size, dtype=torch.float32) for size in (rows, n))
     name = "int8" if in_int8 else few_rows.NAMES[U.dtype]
-    if isinstance(activations, TwoSlopes):
-        inputs, left, right = activations
-        name = f"two_slopes_{name}_{inputs.dtype}".replace("torch.", "")
-        given = inputs, inputs.stride(0), float(left), float(right)
-    else:
-        features, slopes = activations
-        given = slopes, slopes.stride(0), features, features.stride(0)
+    kernel, given = arguments(name, activations)
     numbers = alpha.float().contiguous(), da.float().contiguous(), float(linear), scales
-    call(SOURCE, f"turn_{name}", U, *given, *numbers, n, rows, h, W, W_scales, Ha)
+    call(SOURCE, f"turn_{kernel}", U, *given, *numbers, n, rows, h, W, W_scales, Ha)
     return Turned(Int8Rows(W, W_scales) if in_int8 else W, Ha)

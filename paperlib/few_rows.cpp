@@ -10,9 +10,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+
+#include "aligned_memory.h"
 
 #ifdef __AVX512F__
 #include "few_rows_avx512.h"
@@ -25,15 +25,6 @@ namespace {
 constexpr int STRIP = 2 * LANES; // columns of W V that are summed at once
 constexpr int CHUNK_STEPS = 128; // of the strip in the cache; a step is one product a lane
 constexpr int NEIGHBOURS = 4;    // strips whose next rows are asked for together
-
-// Memory that starts where a cache line does.
-template <class T> struct Free {
-  void operator()(T *memory) const { std::free(memory); }
-};
-template <class T> std::unique_ptr<T[], Free<T>> allocate(long count) {
-  const long bytes = (count * sizeof(T) + 63) / 64 * 64;
-  return std::unique_ptr<T[], Free<T>>(static_cast<T *>(std::aligned_alloc(64, bytes)));
-}
 
 // Where a block of rows begins: all have the same height, to one.
 inline long begin_of(long block, long m, long blocks) { return block * m / blocks; }

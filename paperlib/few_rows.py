@@ -5,6 +5,7 @@ goes into bringing V, the large factor, into another order first, or into readin
 small for the memory; so products with one to a hundred candidates run at a third to two thirds of
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
 for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
+Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from paperlib import matrix_units
 from paperlib.compiled import call, library
 from paperlib.instructions import bfloat16_units, vector_instructions
 
@@ -60,18 +62,24 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    call(SOURCE, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
+    call(_source(V.dtype), f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 
 
 @lru_cache
 def available(dtype: torch.dtype) -> bool:
     """Whether this machine has kernels for the dtype that are worth using."""
+    if dtype not in NAMES:
+        return False
     cpu = torch.device("cpu")
-    if dtype not in NAMES or not vector_instructions(cpu):
-        return False
-    # Matrix units multiply faster than these kernels do.
     if dtype != torch.float32 and bfloat16_units(cpu):
-        return False
-    compiled = library(SOURCE)
+        # Without a compiler that knows them, the libraries still do.
+        return matrix_units.available()
+    compiled = library(SOURCE) if vector_instructions(cpu) else None
     return compiled is not None and hasattr(compiled, f"project_{NAMES[dtype]}")
+
+
+def _source(dtype: torch.dtype) -> str:
+    """The file that has the kernels for a dtype."""
+    units = dtype in matrix_units.NAMES and matrix_units.available()
+    return matrix_units.SOURCE if units else SOURCE

@@ -57,7 +57,7 @@ class GivenFeatures(FeatureMap):
         dtype = self.dtype if dtype is None else dtype
         if dtype not in self._copies:
             self._copies[dtype] = self.V.to(dtype)
-        height = tile_rows(self.device, self.dtype, self.d, self.block_rows)
+        height = tile_rows(self.device, dtype, self.d, self.block_rows, own=self.dtype)
         starts = range(0, self.p, height)
         for start, rows in zip(starts, self._copies[dtype].split(height), strict=True):
             yield start, rows.to(arithmetic(dtype))

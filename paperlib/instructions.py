@@ -17,6 +17,11 @@ def bfloat16_units(device: torch.device) -> bool:
     return device.type == "cuda" or _processor_has(device, "amx_bf16")
 
 
+def matrix_units(device: torch.device) -> bool:
+    """Whether the device is a CPU with units for matrices of bfloat16 and of 8 bits."""
+    return _processor_has(device, "amx_bf16") and _processor_has(device, "amx_int8")
+
+
 def fast_int8(device: torch.device) -> bool:
     """Whether the device is a CPU that multiplies whole numbers of 8 bits in hardware."""
     return _processor_has(device, "avx512_vnni", "avx_vnni")

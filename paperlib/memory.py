@@ -151,9 +151,13 @@ def predicted_bytes(
         parts["weights"] = sum(model.resident_formats(_wanted(model, formats, exact)).values())
         # V^T V, its inverse, its factor and what making them takes, in float64.
         parts["lift"] = bytes_of(torch.float64, 4, model.d, model.d)
-        # Rows being drawn, and the arrays of one tile: about six of (n^, rows) in float64.
+        # Rows being drawn, and the arrays of one tile: about a dozen of (n^, rows).
         drawn = bytes_of(torch.float32, 2 * min(model.block_rows, held), model.d)
-        parts["tiles"] = drawn + bytes_of(torch.float64, 6, candidates, model.tile_rows)
+        tile = max(
+            bytes_of(torch.promote_types(arithmetic(dtype), torch.float32), model.tile_rows(dtype))
+            for dtype in (model.dtype, *formats)
+        )
+        parts["tiles"] = drawn + 12 * candidates * tile
     return parts
 
 

@@ -6,9 +6,10 @@ slopes s_ik = act'(v_k . x_i), a tile changes the residual by
     T = sum_i alpha_i (s_i * (V dx_i))^T + da^T Phi + dw V^T    (C, h),
 
 and adds sum_k s_ik (alpha_i . T_k) v_k to row i of the product, Phi T^T to that of da and T V to
-that of dw. V is read once: the rows of dw ride along with those of dX, and one buffer holds what
-goes through V and what comes back. Scales, of 8 bits and of alpha where there is one output, are
-multiplied in where the arrays are smallest: an operation on (n, h) takes 2 to 4% of a product.
+that of dw. A tile of V is read once: the rows of dw ride along with those of dX, and one buffer
+holds what goes through V and what comes back. Scales, of 8 bits and of alpha where there is one
+output, are multiplied in where the arrays are smallest: an operation on (n, h) takes 2 to 4% of a
+product. On matrix units all of it is one call (`one_reading.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib import between_products
+from paperlib import between_products, one_reading
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.int8 import Int8Rows
 from paperlib.random_feature_block import RandomFeatureBlock
@@ -47,12 +48,16 @@ class NormalProduct:
     def add(self, block: RandomFeatureBlock, activations: Given | TwoSlopes) -> None:
         """Add a tile, given its features and slopes, or what both follow from."""
         n, V = self.n, block.weights
-        if block.in_int8:
-            if self.rounded is None:
-                self.rounded = Int8Rows.of(self.sent)
-            U = V.whole_project(self.rounded)
-        else:
-            U = block.project(self.sent)
+        if block.in_int8 and self.rounded is None:
+            self.rounded = Int8Rows.of(self.sent)
+        sent = self.rounded if block.in_int8 else self.sent
+        if one_reading.takes(sent, V, activations, self.outputs):
+            alpha, da, linear = self._numbers(block)
+            one_reading.add_product(
+                sent, V, activations, alpha, da, self.HX, self.Ha, linear=linear
+            )
+            return
+        U = V.whole_project(sent) if block.in_int8 else block.project(sent)
         if between_products.takes(U, activations, self.outputs):
             return self._add_at_once(block, U, activations)
         if isinstance(activations, TwoSlopes):
@@ -87,15 +92,21 @@ class NormalProduct:
         self, block: RandomFeatureBlock, U: Tensor, activations: Given | TwoSlopes
     ) -> None:
         """The same from U on, by the kernel for one output."""
-        n, V = self.n, block.weights
-        alpha, da, linear, scales = self.alpha[:, 0], self.da[:, 0], 1.0, None
-        if block.in_int8:
-            rows, scales = self.rounded.scale, V.scale
-            alpha = alpha * rows[:n]
-            linear = float(rows[n]) if len(U) > n else 0.0
+        V = block.weights
+        alpha, da, linear = self._numbers(block)
+        scales = V.scale if block.in_int8 else None
         W, Ha = between_products.turn(U, activations, alpha, da, linear=linear, scales=scales)
         self.Ha += Ha[:, None]
         self.HX += V.combine_rounded(W) if block.in_int8 else block.combine(W)
+
+    def _numbers(self, block: RandomFeatureBlock) -> tuple[Tensor, Tensor, float]:
+        """Coefficients, their step and a factor of the linear part, for one output."""
+        alpha, da, linear = self.alpha[:, 0], self.da[:, 0], 1.0
+        if block.in_int8:  # the scales of the step
+            scale = self.rounded.scale
+            alpha = alpha * scale[: self.n]
+            linear = float(scale[self.n]) if len(scale) > self.n else 0.0
+        return alpha, da, linear
 
     @property
     def total(self) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paperlib import one_reading
 from paperlib.feature_map import FeatureMap
+from paperlib.int8 import Int8Rows
 from paperlib.long_sum import LongSum
 
 # An eigenvalue of M counts as outlying this far beyond the edge, relatively.
@@ -81,10 +83,17 @@ class SecondMoment:
         shared = C > 1 and Q.stride(0) == 0
         rows = Q[0] if shared else Q.flatten(0, 1)
         total = LongSum(C * q, d, device=Q.device)
+        # In the format of V.
+        sent = Int8Rows.of(rows) if self.dtype == torch.int8 else rows.to(self.dtype)
         for block in self.model.blocks(dtype=self.dtype):
+            part = slice(block.start, block.stop)
+            if C == 1 and one_reading.takes_pass(sent, block.weights):
+                moment = one_reading.second_moment(sent, block.weights, self.centred[0, part])
+                total.add(moment, block.stop - block.start)
+                continue
             U = block.project(rows)
             U = U if shared else U.view(C, q, -1)
-            weighted = self.centred[:, None, block.start : block.stop].to(U.dtype) * U
+            weighted = self.centred[:, None, part].to(U.dtype) * U
             # Products with Y, whose entries differ much, are too coarse in 8 bits.
             combine = block.weights.combine_sharp if block.in_int8 else block.combine
             total.add(combine(weighted.flatten(0, 1)), block.stop - block.start)

@@ -82,9 +82,9 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
         bulk: "auto", "bfloat16", "float16" (V stored in it, arithmetic in float32), "float32",
             "float64", or "int8" (products in it; loss and gradient in float32). "auto" is
             bfloat16 where the device multiplies it fast, int8 where it multiplies that fast and d
-            is large; elsewhere float32. A processor that has both, but no matrix units, takes
-            int8 for the products, and for loss and gradient bfloat16 with few samples and
-            float32 with many. V is stored in float16 for float32 arithmetic if it fits the memory
+            is large; elsewhere float32. A processor that has both takes int8 for the products,
+            and for loss and gradient bfloat16 with few samples; with many, if it has no matrix
+            units, float32. V is stored in float16 for float32 arithmetic if it fits the memory
             in that format only. What does not fit in bfloat16 may fit in int8, for the products,
             while V is drawn anew for loss and gradient. Where nothing of V fits, it is drawn in
             every pass and fewer digits gain no time: float32.
@@ -112,7 +112,7 @@ def bulk_formats(model: FeatureMap, n: int, candidates: int, bulk: str = "auto")
         sharp = n <= FEW_SAMPLES or bfloat16_units(model.device)
         half = fast_bfloat16(model.device) and model.fits(torch.bfloat16)
         if half and (sharp or single.products != torch.int8):
-            int8 = not bfloat16_units(model.device) and multiplies_in_int8(model, torch.bfloat16)
+            int8 = multiplies_in_int8(model, torch.bfloat16)
             return Formats(torch.bfloat16, torch.int8 if int8 else torch.bfloat16)
         return single
     return single_formats(model, int8=True)

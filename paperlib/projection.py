@@ -11,13 +11,16 @@ L = ||E||^2 / ||Theta||^2 and dL/dx_i = -2 J_i^T (E^T alpha_i) / ||Theta||^2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from paperlib import one_reading
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.checks import check_finite, check_rows, check_theta
 from paperlib.expected_normal_matrix import expectation_pays
-from paperlib.feature_map import FeatureMap
+from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.kept_activations import KeptActivations
 from paperlib.lift import Lift
 from paperlib.long_sum import LongSum
@@ -151,14 +154,17 @@ class Linearization:
         exact = torch.float64 if self.dtype != torch.bfloat16 else torch.float32
         measured = curvature and not expectation_pays(model, n)
         self._kept = KeptActivations(model, n, self.keep)
+        low = self.X.to(self.dtype)
         for block in model.blocks(dtype=self.dtype):
-            inputs = block.inputs(self.X)
-            if inputs is None:
-                features, state = block.linearize(self.X, lifted=lift is not None)
+            slopes = None if measured or self.keep == PRODUCTS else self._slopes(block, low)
+            if slopes:
+                inputs, features, through = one_reading.forward(low, block.weights, *slopes)
+                state = None  # neither measured nor kept
+                cross.add(through, block.stop - block.start)
             else:
-                features, state = block.activate(inputs, lifted=lift is not None)
-            if lift:
-                cross.add(block.combine(features), block.stop - block.start)
+                inputs, features, state = self._open(block)
+                if lift:
+                    cross.add(block.combine(features), block.stop - block.start)
             wide = features.to(exact)
             gram += wide @ wide.T
             rhs += wide @ self.theta[:, block.start : block.stop].T.to(exact)
@@ -181,6 +187,27 @@ class Linearization:
         self.slope_gram = slope_gram
         self.linear = -(self.cross_solved @ self.alpha) if lift else None  # w, (d, C)
 
+    def _open(self, block: FeatureBlock) -> tuple[Tensor | None, Tensor, Any]:
+        """Inputs of a block, where there are any, features and the state of its Jacobian."""
+        lifted = self.lift is not None
+        inputs = block.inputs(self.X)
+        if inputs is None:
+            return None, *block.linearize(self.X, lifted=lifted)
+        return inputs, *block.activate(inputs, lifted=lifted)
+
+    def _slopes(self, block: FeatureBlock, X: Tensor) -> tuple[float, float] | None:
+        """The two slopes of the activation if kernels read V once for both products of a pass.
+
+        Args:
+            block: of the features.
+            X: the candidates in the format of the features.
+        """
+        if self.lift is None or len(self.theta) > 1 or self.dtype != torch.bfloat16:
+            return None
+        if self.theta.dtype != torch.float32 or not one_reading.takes_pass(X, block.weights):
+            return None
+        return block.two_slopes(lifted=True)
+
     def _backward(self, curvature: bool) -> None:
         """Residual, loss and gradient, and the blocks as `product` needs them."""
         model = self.model
@@ -188,20 +215,33 @@ class Linearization:
         alpha = self.alpha.to(wide)
         gradient = LongSum(*self.X.shape, device=self.X.device)
         square = torch.zeros(2, dtype=torch.float64, device=self.X.device)
+        low = self.X.to(self.dtype)
         # Zero where another process holds the features.
         residual = torch.zeros_like(self.theta)
         for block in model.blocks(dtype=self.dtype):
             part = slice(block.start, block.stop)
-            features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
-            E = self.theta[:, part] - alpha.T @ features.to(wide)
-            if self.lift:
-                E = E - block.project(self.linear.T).to(wide)
+            slopes = self._slopes(block, low)
+            inputs = self._kept.inputs(block, self.X) if slopes else None
+            if inputs is not None:
+                E, back = one_reading.backward(
+                    self.linear.T.to(self.dtype),
+                    block.weights,
+                    TwoSlopes(inputs, *slopes),
+                    self.theta[0, part],
+                    alpha[:, 0],
+                )
+                E = E[None]
+            else:
+                features, state = self._kept.open(block, self.X, lifted=self.lift is not None)
+                E = self.theta[:, part] - alpha.T @ features.to(wide)
+                if self.lift:
+                    E = E - block.project(self.linear.T).to(wide)
+                # With one output, alpha is left for the end.
+                back = block.vjp(state, E.expand(len(alpha), -1) if len(E) == 1 else alpha @ E)
+            gradient.add(back, block.stop - block.start)
             residual[:, part] = E
             square[0] += E.double().square().sum()
             square[1] += self.theta[:, part].double().square().sum()
-            # With one output, alpha is left for the end.
-            weights = E.expand(len(alpha), -1) if len(E) == 1 else alpha @ E
-            gradient.add(block.vjp(state, weights), block.stop - block.start)
         self.passes += 1 if self.keep != NOTHING else 2
         gradient = gradient.total * self.alpha if len(self.theta) == 1 else gradient.total
         model.sum_over_processes([gradient, square])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from paperlib import matrix_units
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
@@ -26,19 +27,23 @@ ROWS_PER_DRAW = 1024
 PLACEMENTS = ("auto", "resident", "streamed")
 
 # On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
-# of a pass finds in the cache what the first has read. On a GPU the whole block is one tile.
+# of a pass finds in the cache what the first has read. On a GPU the whole block is one tile, and
+# for matrix units, whose kernels cut it themselves.
 TILE_BYTES = 2**24
 LEAST_TILE_ROWS = 256
 # A tile in int8 has so many times the rows.
 INT8_ROWS = 4
 
 
-def tile_rows(device: torch.device, dtype: torch.dtype, d: int, block_rows: int) -> int:
-    """Rows of V (p, d) of a tile, at most `block_rows`."""
-    if device.type != "cpu":
+def tile_rows(
+    device: torch.device, dtype: torch.dtype, d: int, block_rows: int, *, own: torch.dtype
+) -> int:
+    """Rows of V (p, d) of a tile in `dtype`, at most `block_rows`, for a model of dtype `own`."""
+    if device.type != "cpu" or (dtype in matrix_units.NAMES and matrix_units.available()):
         return block_rows
-    rows = TILE_BYTES // (bytes_of(dtype, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
-    return min(block_rows, max(rows, LEAST_TILE_ROWS))
+    rows = TILE_BYTES // (bytes_of(own, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
+    rows = max(rows, LEAST_TILE_ROWS) * (INT8_ROWS if dtype == torch.int8 else 1)
+    return min(block_rows, rows)
 
 
 class RandomFeatures(FeatureMap):
@@ -186,10 +191,9 @@ class RandomFeatures(FeatureMap):
         held = bytes_of(self.dtype, self.features_held, self.d) if self.holds(self.dtype) else 0
         return self.keeps(dtype, free=free_bytes(self.device) + held)
 
-    @property
-    def tile_rows(self) -> int:
-        """Rows of V that are handed out at a time."""
-        return tile_rows(self.device, self.dtype, self.d, self.block_rows)
+    def tile_rows(self, dtype: torch.dtype) -> int:
+        """Rows of V in `dtype` that are handed out at a time."""
+        return tile_rows(self.device, dtype, self.d, self.block_rows, own=self.dtype)
 
     def weight_blocks(
         self, *, dtype: torch.dtype | None = None
@@ -206,7 +210,7 @@ class RandomFeatures(FeatureMap):
             blocks = zip(self.starts, self._resident[dtype], strict=True)
         else:
             blocks = self._fresh_blocks(dtype)
-        rows = self.tile_rows * (INT8_ROWS if dtype == torch.int8 else 1)
+        rows = self.tile_rows(dtype)
         for first, V in blocks:
             for tile in V.split(rows):
                 yield first, tile if dtype == torch.int8 else tile.to(arithmetic(dtype))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import paperlib
-from paperlib import compiled, few_rows
+from paperlib import compiled, few_rows, matrix_units
 
 # Small problems: threads cost more than they gain, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
@@ -37,14 +37,14 @@ def faint_pair():
 @pytest.fixture
 def compile_with(monkeypatch):
     """flags -> None: the kernels are compiled with these flags besides until the test ends."""
-    forget = compiled.library.cache_clear, few_rows.available.cache_clear
+    cached = compiled.library, few_rows.available, matrix_units.available
 
     def use(flags):
         if flags:
             monkeypatch.setenv("CXX", f"{shlex.join(compiled._compiler())} {flags}")
-        for clear in forget:
-            clear()
+        for function in cached:
+            function.cache_clear()
 
     yield use
-    for clear in forget:
-        clear()
+    for function in cached:
+        function.cache_clear()

@@ -126,9 +126,9 @@ def test_auto_multiplies_in_8_bits_where_that_is_fast(monkeypatch):
     assert formats(600, bf16=True, int8=True, n=32) == both
     assert formats(100, bf16=True, int8=True, n=32) == half
     assert formats(600, bf16=True, int8=False, n=32) == half
-    assert formats(600, bf16=True, int8=True, n=32, units=True) == half
+    assert formats(600, bf16=True, int8=True, n=32, units=True) == both
     assert formats(600, bf16=True, int8=True, n=33) == mixed
-    assert formats(600, bf16=True, int8=True, n=33, units=True) == half
+    assert formats(600, bf16=True, int8=True, n=33, units=True) == both
     assert formats(600, bf16=True, int8=False, n=33) == half
     assert formats(100, bf16=True, int8=True, n=33) == half
     # Drawn in every pass, nothing is gained by fewer digits.

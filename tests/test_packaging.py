@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from paperlib import between_products, few_rows
+from paperlib import between_products, few_rows, matrix_units
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,7 +87,8 @@ def test_files_that_are_not_python_are_installed_too():
     package = ROOT / "paperlib"
     others = {path for path in package.iterdir() if path.is_file() and path.suffix != ".py"}
     assert others == {path for pattern in patterns for path in package.glob(pattern)}
-    assert {path.name for path in others} >= {few_rows.SOURCE, between_products.SOURCE}
+    sources = (module.SOURCE for module in (between_products, few_rows, matrix_units))
+    assert {path.name for path in others} >= set(sources)
 
 
 def test_what_paperlib_imports_is_declared():

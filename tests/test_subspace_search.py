@@ -307,9 +307,10 @@ def test_rounding_ends_the_rounds():
     assert ended.count("precision floor") == 1
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_what_bfloat16_cannot_see_is_searched_in_float32(faint_pair, monkeypatch, seed):
-    model, X, theta = faint_pair(seed)
+    # Where bfloat16 ends differs from processor to processor: well below it.
+    model, X, theta = faint_pair(seed, weights=(0.015, -0.015))
     kept = set()
 
     def watched(*problem, keep, **options):

@@ -1,0 +1,123 @@
+// W V on the matrix units, chunk by chunk of the rows of V, a thread having sums of its own.
+//
+// Rows of W are the left tiles. Chunks of some hundred rows of V are brought into order, strip by
+// strip of their columns, and used for all rows of W.
+
+#pragma once
+
+#include <type_traits>
+
+#include "panels.h"
+
+namespace {
+
+constexpr int MOST_CHUNK = 512; // rows of V
+constexpr int MOST_THREADS = 1024;
+
+// The sums of W V of one thread. `Total` is float32, or of the whole numbers that the units give.
+template <class F, class Total> class Combination {
+  using number = typename F::number;
+  static constexpr int REGISTERS = F::PER_LANE;
+
+public:
+  const long m, d, blocks;
+  Chunk<F> V;
+
+  // For chunks of so many rows of V, a multiple of STEP.
+  Combination(long m, long d, long chunk)
+      : m(m), d(d), blocks(parts_of(m, SIDE)), V(chunk, d),
+        found(allocate<typename F::sum>(4 * TILE)),
+        totals(zeros<Total>(V.strips * blocks * REGISTERS * TILE)) {}
+
+  // Adds the products with the first `rows` rows of the chunk, scales[i] times those of row i of W.
+  // The rows of W, of which there are whole tiles, lie a chunk apart.
+  void add(const number *W, const float *scales, long rows) {
+    const long steps = parts_of(rows, STEP<F>);
+    for (long s = 0; s < V.strips; s++) {
+      for (long b = 0; b < blocks; b += 2) {
+        for (int q = 0; q < REGISTERS; q += 2) {
+          b + 1 < blocks ? multiply<2>(W, scales, s, b, q, steps)
+                         : multiply<1>(W, scales, s, b, q, steps);
+        }
+      }
+    }
+  }
+
+  // Adds the totals of row i to out.
+  void add_to(float *out, long i) const {
+    constexpr int GROUP = 4; // columns that lie side by side
+    for (long s = 0; s < V.strips; s++) {
+      const long columns = d - s * STEP<F>;
+      float *strip = out + s * STEP<F>;
+      for (int q = 0; q < REGISTERS; q++) {
+        const Total *from = at(s, i / SIDE, q) + i % SIDE * SIDE;
+        for (int k = 0; k < SIDE; k += GROUP) {
+          const int column = V.column(q, k);
+          for (int j = 0; j < std::min<long>(GROUP, columns - column); j++) {
+            strip[column + j] += from[k + j];
+          }
+        }
+      }
+    }
+  }
+
+private:
+  template <int LEFT>
+  void multiply(const number *W, const float *scales, long s, long b, int q, long steps) {
+    using Here = Sums<F, LEFT, 2>;
+    constexpr bool same = std::is_same_v<Total, typename F::sum>;
+    const long below = REGISTERS * TILE, chunk = V.steps * STEP<F>;
+    Total *to = at(s, b, q);
+    if constexpr (same) {
+      Here::read(to, below);
+    } else {
+      Here::clear();
+    }
+    Here::add((const char *)(W + b * SIDE * chunk), chunk * sizeof(number),
+              (const char *)V.at(s, 0, q), 4 * TILE, REGISTERS * 4 * TILE, steps, [](long, int) {});
+    if constexpr (same) {
+      Here::write(to, below);
+    } else {
+      Here::write(found.get(), 2 * TILE);
+      for (int left = 0; left < LEFT; left++) {
+        for (int k = 0; k < 2 * SIDE; k++) {
+          const long row = (b + left) * SIDE + k % SIDE;
+          const Lanes more = in_float32(found.get() + left * 2 * TILE + k * SIDE);
+          float *line = to + left * below + k * SIDE;
+          const Lanes total = _mm512_load_ps(line);
+          _mm512_store_ps(line, multiply_add(all(scales[row]), more, total));
+        }
+      }
+    }
+  }
+
+  Total *at(long s, long b, int q) const {
+    return totals.get() + ((s * blocks + b) * REGISTERS + q) * TILE;
+  }
+
+  Memory<typename F::sum> found;
+  Memory<Total> totals;
+};
+
+// How many rows of V a thread takes at once, so that all have as many. With few rows on the left all
+// that it works on stays in its cache; with many, reading and writing the sums for every chunk takes
+// longer than what comes from beyond the cache.
+template <class F> long chunk_rows(long m, long h, long d, int threads) {
+  const long bytes = m > 3 * SIDE ? 1152 << 10 : 576 << 10;
+  const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;
+  const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK);
+  const long chunks = threads * parts_of(h, threads * most);
+  return parts_of(parts_of(h, chunks), STEP<F>) * STEP<F>;
+}
+
+// Adds the sums of all threads to out, (height, d): row i to its row i % height.
+template <class Sums> void add_up(const Sums *const *sums, int threads, float *out, long height) {
+#pragma omp for schedule(static)
+  for (long row = 0; row < height; row++) {
+    for (int t = 0; t < threads; t++) {
+      for (long i = row; i < sums[t]->m; i += height) sums[t]->add_to(out + row * sums[t]->d, i);
+    }
+  }
+}
+
+} // namespace

@@ -1,0 +1,136 @@
+"""Both products of a pass in one reading of V, by the matrix units of a processor.
+
+A V^T, what lies between, and W V are made for a few hundred rows of V at a time: they are read from
+memory once, what goes through them and comes back stays in the cache, in float32, and Python is
+called once for a block. There are four of them: a Gauss-Newton product (`normal_product.py`), the
+two passes of an evaluation of the loss (`projection.py`), and a product with a second moment
+(`outlying_directions.py`), which have the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paperlib import between_products, few_rows, matrix_units
+from paperlib.between_products import Given, TwoSlopes
+from paperlib.compiled import call
+from paperlib.int8 import Int8Rows
+from paperlib.matrix_units import NAMES
+
+SOURCE = "one_reading.cpp"
+
+
+def takes(
+    A: Tensor | Int8Rows, V: Tensor | Int8Rows, activations: Given | TwoSlopes, outputs: int
+) -> bool:
+    """Whether there is a kernel for these arrays: for one output, in the formats of the units."""
+    in_int8 = isinstance(V, Int8Rows)
+    number = torch.float32 if in_int8 else V.dtype
+    return outputs == 1 and takes_pass(A, V) and between_products.reads(activations, number)
+
+
+def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
+    """Whether rows of A can go through V and back: both in one of the formats of the units."""
+    if isinstance(V, Int8Rows):
+        A, V = A.values, V.values
+    return V.dtype in NAMES and matrix_units.available() and few_rows.takes(A, V)
+
+
+def add_product(
+    A: Tensor | Int8Rows,
+    V: Tensor | Int8Rows,
+    activations: Given | TwoSlopes,
+    alpha: Tensor,
+    da: Tensor,
+    HX: Tensor,
+    Ha: Tensor,
+    *,
+    linear: float = 1.0,
+) -> None:
+    """Add W V to HX, and what goes to da to Ha.
+
+    Args:
+        A: (n, d) step of the candidates, or (n + 1, d) with that of the linear part.
+        V: (h, d), bfloat16 or in 8 bits, as A.
+        activations: features and slopes (n, h), or the inputs that both follow from.
+        alpha: (n,) coefficients; where V is in 8 bits, times the scales of dX.
+        da: (n,) step of the coefficients.
+        HX: of the shape of A.
+        Ha: (n, 1).
+        linear: what the last row of A is multiplied with: the scale of dw.
+    """
+    h, d = V.shape
+    rows, n = len(A), len(Ha)
+    scales = None
+    if isinstance(V, Int8Rows):
+        A, V, scales = A.values, V.values, V.scale
+    kernel, given = between_products.arguments(NAMES[V.dtype], activations)
+    numbers = alpha.float().contiguous(), da.float().contiguous(), float(linear), scales
+    sums = HX, Ha
+    if HX.dtype != torch.float32:
+        sums = [torch.zeros_like(total, dtype=torch.float32) for total in (HX, Ha)]
+    A = A.contiguous()
+    call(SOURCE, f"product_{kernel}", A, V, *given, *numbers, n, rows, h, d, *sums)
+    if HX.dtype != torch.float32:
+        HX += sums[0]
+        Ha += sums[1]
+
+
+def forward(X: Tensor, V: Tensor, left: float, right: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs X V^T and features, (n, h) bfloat16, and features V, (n, d) float32.
+
+    Args:
+        X: (n, d) bfloat16.
+        V: (h, d) bfloat16.
+        left: slope of the activation left of 0.
+        right: slope right of it.
+    """
+    n, (h, d) = len(X), V.shape
+    inputs, features = X.new_empty(n, h), X.new_empty(n, h)
+    through = torch.zeros_like(X, dtype=torch.float32)
+    slopes = float(left), float(right)
+    X = X.contiguous()
+    call(SOURCE, "forward_bfloat16", X, V, *slopes, n, h, d, inputs, features, through)
+    return inputs, features, through
+
+
+def backward(
+    w: Tensor, V: Tensor, activations: TwoSlopes, theta: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The residual E = theta - alpha^T features - V w, (h,), and (slopes * E) V, (n, d), float32.
+
+    Args:
+        w: (1, d) bfloat16.
+        V: (h, d) bfloat16.
+        activations: inputs (n, h), bfloat16.
+        theta: (h,) float32.
+        alpha: (n,) coefficients.
+    """
+    h, d = V.shape
+    n = len(alpha)
+    residual, through = theta.new_empty(h), theta.new_zeros(n, d)
+    _, given = between_products.arguments("bfloat16", activations)
+    numbers = theta.contiguous(), alpha.float().contiguous()
+    w = w.contiguous()
+    call(SOURCE, "backward_bfloat16", w, V, *given, *numbers, n, h, d, residual, through)
+    return residual, through
+
+
+def second_moment(Q: Tensor | Int8Rows, V: Tensor | Int8Rows, Y: Tensor) -> Tensor:
+    """sum_k y_k (q . v_k) v_k for each row q of Q: (q, d) float32.
+
+    Args:
+        Q: (q, d), in the format of V.
+        V: (h, d), bfloat16 or in 8 bits. There, what goes back through it has 16.
+        Y: (h,) float32.
+    """
+    h, d = V.shape
+    found = torch.zeros(len(Q), d)
+    name, Y = NAMES[V.values.dtype if isinstance(V, Int8Rows) else V.dtype], Y.contiguous()
+    if isinstance(V, Int8Rows):
+        scale, arrays = Q.scale[:, None], (Q.values.contiguous(), V.values, Y, V.scale)
+    else:
+        scale, arrays = 1.0, (Q.contiguous(), V, Y, None)
+    call(SOURCE, f"second_moment_{name}", *arrays, len(Q), h, d, found)
+    return found.mul_(scale)

@@ -1,0 +1,201 @@
+// V panel by panel, 32 rows at once, for the matrix units: A V^T, and chunks of V in the order that
+// W V asks for.
+//
+// A V^T: rows of V are the left tiles, as they lie, and A is brought into the order of right ones
+// once. What comes out is transposed, tile by tile.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "aligned_memory.h"
+#include "matrix_units.h"
+
+namespace {
+
+// ---- V in the order of right tiles
+
+// A chunk of rows of V: strip by strip of its columns, as wide as a tile's row of V. A register's
+// columns lie beside those of the next.
+template <class F> class Chunk {
+  using number = typename F::number;
+
+public:
+  static constexpr int REGISTERS = F::PER_LANE; // of a strip
+  const long steps, strips;
+
+  Chunk(long rows, long d)
+      : steps(rows / STEP<F>), strips(parts_of(d, STEP<F>)),
+        ordered(allocate<int32_t>(strips * steps * REGISTERS * TILE)) {}
+
+  // Takes SIDE rows of a strip, the first of which is the chunk's row `row`.
+  void put(const char *V, long apart, long row, long strip) {
+    constexpr int LINES = SIDE / F::PER_LANE;
+    int32_t *to = at(strip, row / STEP<F>, 0) + row % STEP<F> / F::PER_LANE * SIDE;
+    UNROLL for (int k = 0; k < LINES; k++, V += F::PER_LANE * apart, to += SIDE) {
+      Register x[F::PER_LANE], lanes[REGISTERS];
+      UNROLL for (int j = 0; j < F::PER_LANE; j++) x[j] = load(V + j * apart);
+      F::order(x, lanes);
+      UNROLL for (int q = 0; q < REGISTERS; q++) store(to + q * TILE, lanes[q]);
+    }
+  }
+  // A column of the strip by the register q and its lane.
+  static int column(int q, int lane) { return lane / 4 * 4 * REGISTERS + 4 * q + lane % 4; }
+
+  int32_t *at(long strip, long step, int q) const {
+    return ordered.get() + ((strip * steps + step) * REGISTERS + q) * TILE;
+  }
+
+private:
+  Memory<int32_t> ordered;
+};
+
+// A panel of V as tiles read it: full steps where they lie, what is left over in a copy.
+template <class F> class Panel {
+  using number = typename F::number;
+
+public:
+  const long d, full, steps; // along d
+
+  explicit Panel(long d)
+      : d(d), full(d / STEP<F>), steps(parts_of(d, STEP<F>)),
+        end(allocate<number>(PANEL * STEP<F>)) {}
+
+  // `rows` rows of V, at most PANEL; zeros beyond.
+  void open(const number *V, long rows) {
+    if (rows < PANEL) {
+      if (!few) few = allocate<number>(PANEL * d);
+      std::memset((void *)few.get(), 0, PANEL * d * sizeof(number));
+      std::memcpy((void *)few.get(), V, rows * d * sizeof(number));
+      V = few.get();
+    }
+    begin = (const char *)V;
+    if (full == steps) return;
+    const long bytes = (d - full * STEP<F>) * sizeof(number);
+    for (int k = 0; k < PANEL; k++) {
+      store(end.get() + k * STEP<F>, first_bytes(V + k * d + full * STEP<F>, bytes));
+    }
+  }
+  const char *at(long step) const {
+    return step < full ? begin + step * ROW_BYTES : (const char *)end.get();
+  }
+  long apart(long step) const { return step < full ? d * sizeof(number) : ROW_BYTES; }
+
+private:
+  Memory<number> end, few;
+  const char *begin;
+};
+
+// ---- A V^T
+
+// The columns of a tile of sums, in float32.
+template <class Sum> void transpose(const Sum *tile, Lanes *out) {
+  Lanes a[SIDE], b[SIDE];
+  UNROLL for (int k = 0; k < SIDE; k++) a[k] = in_float32(tile + k * SIDE);
+  UNROLL for (int k = 0; k < SIDE; k += 2) {
+    b[k] = _mm512_unpacklo_ps(a[k], a[k + 1]);
+    b[k + 1] = _mm512_unpackhi_ps(a[k], a[k + 1]);
+  }
+  UNROLL for (int k = 0; k < SIDE; k += 4) {
+    a[k] = _mm512_shuffle_ps(b[k], b[k + 2], 0x44);
+    a[k + 1] = _mm512_shuffle_ps(b[k], b[k + 2], 0xee);
+    a[k + 2] = _mm512_shuffle_ps(b[k + 1], b[k + 3], 0x44);
+    a[k + 3] = _mm512_shuffle_ps(b[k + 1], b[k + 3], 0xee);
+  }
+  UNROLL for (int k = 0; k < 4; k++) {
+    const Lanes low = _mm512_shuffle_f32x4(a[k], a[k + 4], 0x88);
+    const Lanes high = _mm512_shuffle_f32x4(a[k], a[k + 4], 0xdd);
+    const Lanes next_low = _mm512_shuffle_f32x4(a[k + 8], a[k + 12], 0x88);
+    const Lanes next_high = _mm512_shuffle_f32x4(a[k + 8], a[k + 12], 0xdd);
+    out[k] = _mm512_shuffle_f32x4(low, next_low, 0x88);
+    out[k + 4] = _mm512_shuffle_f32x4(high, next_high, 0x88);
+    out[k + 8] = _mm512_shuffle_f32x4(low, next_low, 0xdd);
+    out[k + 12] = _mm512_shuffle_f32x4(high, next_high, 0xdd);
+  }
+}
+
+// A (m, d) in the order of right tiles: for 16 rows after another, step by step along d.
+template <class F> struct Right {
+  using number = typename F::number;
+  const long m, d, blocks, steps;
+  Memory<int32_t> tiles;
+
+  Right(long m, long d)
+      : m(m), d(d), blocks(parts_of(m, SIDE)), steps(parts_of(d, STEP<F>)),
+        tiles(zeros<int32_t>(blocks * steps * TILE)) {}
+
+  // Called by all threads together.
+  void fill(const number *A) {
+#pragma omp for schedule(static)
+    for (long step = 0; step < steps; step++) {
+      const long bytes = (d - step * STEP<F>) * sizeof(number);
+      for (long i = 0; i < m; i++) {
+        alignas(64) int32_t row[SIDE];
+        store(row, first_bytes(A + i * d + step * STEP<F>, bytes));
+        int32_t *to = tiles.get() + ((i / SIDE) * steps + step) * TILE + i % SIDE;
+        for (int k = 0; k < SIDE; k++) to[k * SIDE] = row[k];
+      }
+    }
+  }
+  const char *at(long block, long step) const {
+    return (const char *)(tiles.get() + (block * steps + step) * TILE);
+  }
+};
+
+// Panels of A V^T, on one thread.
+template <class F> class Projection {
+  using number = typename F::number;
+
+public:
+  explicit Projection(const Right<F> &A)
+      : A(A), sums(allocate<typename F::sum>(4 * TILE)), panel(A.d) {}
+
+  // Columns 0 .. rows - 1, at most PANEL, of A V^T; the rows of out lie `apart` from one another.
+  // The panel goes into a chunk, if there is one, from its row `row` on.
+  template <class Out>
+  void add(const number *V, long rows, Out *out, long apart, Chunk<F> *chunk, long row) {
+    panel.open(V, rows);
+    for (long b = 0; b < A.blocks; b += 2) {
+      const auto keep = [&](long k, int tile) {
+        const char *rows = panel.at(k) + tile * SIDE * panel.apart(k);
+        if (chunk) chunk->put(rows, panel.apart(k), row + tile * SIDE, k);
+      };
+      const auto leave = [](long, int) {};
+      if (b + 1 < A.blocks) {
+        b ? multiply<2>(b, leave) : multiply<2>(b, keep);
+      } else {
+        b ? multiply<1>(b, leave) : multiply<1>(b, keep);
+      }
+      for (long i = b * SIDE; i < std::min(A.m, (b + 2) * SIDE); i += SIDE) {
+        for (int k = 0; k < rows; k += SIDE) {
+          Lanes columns[SIDE];
+          transpose(sums.get() + ((k / SIDE) * 2 + i / SIDE - b) * TILE, columns);
+          const Part part = first(rows - k);
+          for (long j = i; j < std::min(A.m, i + SIDE); j++) {
+            store(out + j * apart + k, columns[j - i], part);
+          }
+        }
+      }
+    }
+  }
+
+private:
+  template <int RIGHT, class Beside> void multiply(long b, Beside beside) {
+    using Here = Sums<F, 2, RIGHT>;
+    const long next = A.steps * TILE * 4, full = panel.full;
+    Here::clear();
+    Here::add(panel.at(0), panel.apart(0), A.at(b, 0), next, 4 * TILE, full, beside);
+    if (full < A.steps) {
+      const auto last = [&](long, int tile) { beside(full, tile); };
+      Here::add(panel.at(full), panel.apart(full), A.at(b, full), next, 4 * TILE, 1, last);
+    }
+    Here::write(sums.get(), 2 * TILE);
+  }
+
+  const Right<F> &A;
+  Memory<typename F::sum> sums;
+  Panel<F> panel;
+};
+
+} // namespace

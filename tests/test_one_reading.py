@@ -1,0 +1,271 @@
+"""A Gauss-Newton product in one reading of V, on matrix units, against the formulas in float64."""
+
+import pytest
+import torch
+
+import paperlib
+from paperlib import between_products, few_rows, matrix_units, one_reading
+from paperlib.between_products import Given, TwoSlopes
+from paperlib.int8 import Int8Rows
+from paperlib.lift import Lift
+from paperlib.memory import INPUTS, NOTHING, PRODUCTS
+from paperlib.outlying_directions import SecondMoment
+from paperlib.projection import Linearization
+
+pytestmark = pytest.mark.skipif(
+    not matrix_units.available(), reason="needs matrix units and a C++ compiler that knows them"
+)
+
+# What goes back through V is rounded to bfloat16, or to 8 bits: the largest of some hundred to 127.
+TOLERANCES = {torch.bfloat16: 4e-3, torch.int8: 1.5e-2}
+
+# Candidates, rows of V and d: every remainder of tiles, panels and chunks.
+SHAPES = [(1, 1, 1), (3, 40, 33), (15, 64, 64), (16, 97, 130), (31, 257, 640), (40, 1025, 97)]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, exact, tolerance):
+    assert found.shape == exact.shape
+    assert float((found.double() - exact).norm() / exact.norm()) < tolerance
+
+
+class Problem:
+    """A step, V and activations in a format, and the product in float64."""
+
+    def __init__(self, dtype, n, h, d, *, lifted=True, two_slopes=True, inputs=None):
+        A, V = randn(n + lifted, d), randn(h, d, seed=1)
+        self.alpha, self.da = randn(n, seed=2), randn(n, seed=3)
+        self.linear = 1.0
+        number = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        if two_slopes:
+            u = randn(n, h + 5, seed=4).to(inputs or number)[:, 5:]
+            self.activations = TwoSlopes(u, -0.25, 0.75)
+            features, slopes = self.activations.written_out(torch.float64)
+        else:
+            features, slopes = (randn(n, h + 3, seed=s).to(number)[:, 3:] for s in (4, 5))
+            self.activations = Given(features, slopes)
+            features, slopes = features.double(), slopes.double()
+        if dtype == torch.int8:
+            self.A, self.V = Int8Rows.of(A), Int8Rows.of(V)
+            exact_A, exact_V = self.A.float().double(), self.V.float().double()
+            self.linear = float(self.A.scale[-1])
+            numbers = self.alpha * self.A.scale[:n]
+        else:
+            self.A, self.V = A.to(dtype), V.to(dtype)
+            exact_A, exact_V = self.A.double(), self.V.double()
+            numbers = self.alpha
+        U = exact_A @ exact_V.T
+        T = self.alpha.double() @ (slopes * U[:n]) + U[n:].sum(0) + self.da.double() @ features
+        back = torch.cat([slopes * T, T[None]])[: n + lifted]
+        self.numbers = numbers, self.da
+        self.HX, self.Ha = back @ exact_V, (features @ T)[:, None]
+
+    def product(self, dtype=torch.float32):
+        """HX and Ha, added to ones."""
+        sums = torch.ones_like(self.HX, dtype=dtype), torch.ones_like(self.Ha, dtype=dtype)
+        one_reading.add_product(
+            self.A, self.V, self.activations, *self.numbers, *sums, linear=self.linear
+        )
+        return [total - 1 for total in sums]
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+@pytest.mark.parametrize("two_slopes", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_it_is_the_formulas(dtype, shape, two_slopes, lifted):
+    problem = Problem(dtype, *shape, lifted=lifted, two_slopes=two_slopes)
+    HX, Ha = problem.product()
+    close(HX, problem.HX, TOLERANCES[dtype])
+    close(Ha, problem.Ha, 1e-4)  # never rounded, but the ones are taken off in float32
+
+
+def test_inputs_of_8_bits_come_in_two_formats():
+    for inputs in between_products.INPUT_FORMATS[torch.float32]:
+        problem = Problem(torch.int8, 20, 300, 100, inputs=inputs)
+        close(problem.product()[0], problem.HX, TOLERANCES[torch.int8])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_sums_in_float64_are_added_to_as_well(dtype):
+    problem = Problem(dtype, 5, 200, 300)
+    for found, exact in zip(problem.product(torch.float64), problem.product(), strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_threads_share_the_rows(dtype, threads):
+    problem = Problem(dtype, 20, 1000, 300)
+    torch.set_num_threads(threads)
+    try:
+        HX, Ha = problem.product()
+    finally:
+        torch.set_num_threads(1)
+    close(HX, problem.HX, TOLERANCES[dtype])
+    close(Ha, problem.Ha, 1e-4)
+
+
+def test_the_libraries_find_the_units_as_they_left_them():
+    problem = Problem(torch.bfloat16, 20, 300, 512)
+    A, B = randn(200, 300).bfloat16(), randn(300, 400).bfloat16()
+    alone = A @ B
+    for _ in range(3):
+        problem.product()
+        assert torch.equal(A @ B, alone)
+    close(problem.product()[0], problem.HX, TOLERANCES[torch.bfloat16])
+
+
+def test_nothing_goes_back_as_zeros():
+    problem = Problem(torch.int8, 3, 200, 100)
+    problem.numbers = torch.zeros(3), torch.zeros(3)
+    problem.linear = 0.0
+    assert not any(total.any() for total in problem.product())
+
+
+def test_it_takes_what_its_two_products_take(monkeypatch):
+    monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+    takes = one_reading.takes
+    for dtype in TOLERANCES:
+        problem = Problem(dtype, 5, 300, 512)
+        arrays = problem.A, problem.V, problem.activations
+        assert takes(*arrays, 1)
+        assert not takes(*arrays, 2)
+        odd = problem.activations._replace(inputs=problem.activations.inputs.double())
+        assert not takes(problem.A, problem.V, odd, 1)
+        monkeypatch.setattr(matrix_units, "available", lambda: False)
+        few_rows.available.cache_clear()
+        assert not takes(*arrays, 1)
+        monkeypatch.undo()
+        few_rows.available.cache_clear()
+        monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+    single = randn(5, 512), randn(300, 512), Problem(torch.int8, 5, 300, 512).activations
+    assert few_rows.takes(*single[:2]) and not takes(*single, 1)
+
+
+def passes(n, h, d):
+    """X, V and inputs of a ReLU without its linear part, in bfloat16, and the exact features."""
+    X, V = randn(n, d).bfloat16(), (randn(h, d, seed=1) * d**-0.5).bfloat16()
+    return X, V, X.double() @ V.double().T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_is_inputs_features_and_their_sums(shape):
+    X, V, exact = passes(*shape)
+    inputs, features, through = one_reading.forward(X, V, -0.25, 0.75)
+    assert inputs.dtype == features.dtype == torch.bfloat16
+    close(inputs, exact, 4e-3)
+    expected = TwoSlopes(inputs, -0.25, 0.75).written_out(torch.float64).features
+    close(features, expected, 4e-3)
+    close(through, features.double() @ V.double(), 1e-6)
+
+
+@pytest.mark.parametrize("wide", [0, 7])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_is_the_residual_and_its_sums(shape, wide):
+    n, h, d = shape
+    X, V, inputs = passes(*shape)
+    inputs = torch.cat([torch.ones(n, wide), inputs], 1).bfloat16()[:, wide:]
+    w, theta, alpha = randn(1, d, seed=2).bfloat16(), randn(h, seed=3), randn(n, seed=4)
+    activations = TwoSlopes(inputs, -0.25, 0.75)
+    E, through = one_reading.backward(w, V, activations, theta, alpha)
+    # Features are those that `forward` gave: rounded.
+    features = activations.written_out(torch.float32).features.bfloat16()
+    exact = theta - alpha.double() @ features.double() - (V.double() @ w.double().T)[:, 0]
+    close(E, exact, 1e-6)
+    slopes = activations.written_out(torch.float64).slopes
+    close(through, (slopes * exact) @ V.double(), 4e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_second_moment_weighs_the_rows_of_v(shape, dtype):
+    q, h, d = shape
+    Q, V, Y = randn(q, d), randn(h, d, seed=1), randn(h, seed=2) ** 5  # numbers that differ much
+    to = Int8Rows.of if dtype == torch.int8 else torch.Tensor.bfloat16
+    Q, V = to(Q), to(V)
+    wide = [A.float().double() for A in (Q, V)]
+    exact = (wide[0] @ wide[1].T * Y) @ wide[1]
+    # 16 bits go back through V in 8, and 8 in bfloat16.
+    close(one_reading.second_moment(Q, V, Y), exact, 5e-4 if dtype == torch.int8 else 4e-3)
+
+
+def test_second_moment_of_nothing_is_zero():
+    Q, V = Int8Rows.of(randn(3, 100)), Int8Rows.of(randn(200, 100, seed=1))
+    assert not one_reading.second_moment(Q, V, torch.zeros(200)).any()
+
+
+@pytest.mark.parametrize("keep", [INPUTS, NOTHING])
+def test_an_evaluation_of_the_loss_is_made_by_it(keep, monkeypatch):
+    model = paperlib.RandomFeatures(512, 9000, seed=1)
+    X = paperlib.sphere(4, 512, seed=2).X
+    theta = randn(1, 4) @ model.features(X)
+    lift = Lift(model, theta, dtype=torch.float32)
+    X = X + 0.1 * randn(4, 512, seed=3)
+
+    def evaluate(dtype=torch.bfloat16, keep=keep):
+        return Linearization(model, lift.theta, X, lift=lift, dtype=dtype, keep=keep)
+
+    calls = []
+    for name in ("forward", "backward"):
+        kernel = getattr(one_reading, name)
+        monkeypatch.setattr(
+            one_reading, name, lambda *a, k=kernel, name=name: calls.append(name) or k(*a)
+        )
+    found = evaluate()
+    assert calls == ["forward"] * 2 + ["backward"] * 2
+    calls.clear()
+    for others in (evaluate(torch.float32), evaluate(keep=PRODUCTS)):
+        assert not calls
+        assert found.loss == pytest.approx(others.loss, rel=2e-3)
+        for part in ("alpha", "gradient", "residual"):
+            close(getattr(found, part), getattr(others, part).double(), 3e-2)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_directions_are_looked_for_by_it(dtype, monkeypatch):
+    model = paperlib.RandomFeatures(512, 9000, seed=1)
+    moment = SecondMoment(model, randn(1, 9000), dtype=dtype)
+    Q, rows = randn(6, 512, seed=3), []
+    kernel = one_reading.second_moment
+    monkeypatch.setattr(
+        one_reading, "second_moment", lambda Q, V, Y: rows.append(len(V)) or kernel(Q, V, Y)
+    )
+    found = moment(Q)
+    assert rows == [8192, 808]
+    monkeypatch.setattr(one_reading, "takes_pass", lambda *arrays: False)
+    close(found, moment(Q).double(), 2e-3 if dtype == torch.int8 else 1e-2)
+    two = SecondMoment(model, randn(2, 9000), dtype=dtype)
+    two(Q)
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_products_of_the_solver_are_made_by_it(name, activation, monkeypatch):
+    dtype = getattr(torch, name)
+    model = paperlib.RandomFeatures(512, 9000, activation, seed=1)
+    theta, X = randn(1, 9000), paperlib.sphere(4, 512, seed=2).X
+    lift = Lift(model, theta, dtype=torch.float32)
+    exact = torch.float32 if name == "int8" else dtype
+    point = Linearization(
+        model, lift.theta, X, lift=lift, dtype=exact, curvature_dtype=dtype, curvature=True,
+        keep=INPUTS,
+    )  # fmt: skip
+    step = randn(4, 512, seed=3), randn(4, 1, seed=4), randn(1, 512, seed=5)
+    rows = []
+    add = one_reading.add_product
+    monkeypatch.setattr(
+        one_reading,
+        "add_product",
+        lambda A, V, *others, **options: rows.append(len(V)) or add(A, V, *others, **options),
+    )
+    found = point.product(*step)
+    assert rows == [8192, 808]  # whole blocks
+    monkeypatch.setattr(one_reading, "takes", lambda *arguments: False)
+    for part, other in zip(found, point.product(*step), strict=True):
+        close(part, other.double(), 2e-2)
