@@ -24,6 +24,8 @@ SOURCE = "few_rows.cpp"
 # From this dimension on, up to so many rows, no more than this share of the dimension, and from so
 # many multiplications on they are faster than the libraries.
 LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
+# The same where matrix units multiply.
+UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE = 64, 160, 0.5
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)
@@ -36,7 +38,10 @@ def takes(A: Tensor, V: Tensor) -> bool:
     if V.device.type != "cpu" or A.dtype != V.dtype:
         return False
     h, d = V.shape
-    if d < LEAST_DIMENSION or len(A) > min(MOST_ROWS, ROWS_SHARE * d):
+    least, most, share = LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE
+    if on_matrix_units(V.dtype):
+        least, most, share = UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE
+    if d < least or len(A) > min(most, share * d):
         return False
     if len(A) * h * d < WORTHWHILE:
         return False
@@ -62,7 +67,8 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    call(_source(V.dtype), f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
+    source = matrix_units.SOURCE if on_matrix_units(V.dtype) else SOURCE
+    call(source, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 
 
@@ -79,7 +85,6 @@ def available(dtype: torch.dtype) -> bool:
     return compiled is not None and hasattr(compiled, f"project_{NAMES[dtype]}")
 
 
-def _source(dtype: torch.dtype) -> str:
-    """The file that has the kernels for a dtype."""
-    units = dtype in matrix_units.NAMES and matrix_units.available()
-    return matrix_units.SOURCE if units else SOURCE
+def on_matrix_units(dtype: torch.dtype) -> bool:
+    """Whether kernels on matrix units multiply numbers of that dtype here."""
+    return dtype in matrix_units.NAMES and matrix_units.available()

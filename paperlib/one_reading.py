@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib import between_products, few_rows, matrix_units
+from paperlib import between_products, few_rows
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.compiled import call
 from paperlib.int8 import Int8Rows
@@ -34,7 +34,7 @@ def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
     """Whether rows of A can go through V and back: both in one of the formats of the units."""
     if isinstance(V, Int8Rows):
         A, V = A.values, V.values
-    return V.dtype in NAMES and matrix_units.available() and few_rows.takes(A, V)
+    return few_rows.on_matrix_units(V.dtype) and few_rows.takes(A, V)
 
 
 def add_product(

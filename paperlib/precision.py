@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from paperlib.feature_map import FeatureMap
-from paperlib.instructions import bfloat16_units, fast_bfloat16, fast_int8
+from paperlib.instructions import bfloat16_units, fast_bfloat16, fast_int8, matrix_units
 
 # Below this many multiplications a pass, conversion and launch overheads outweigh the gain.
 WORTHWHILE = 5e8
@@ -130,6 +130,19 @@ def single_formats(model: FeatureMap, *, int8: bool | None = None) -> Formats:
     if int8 is None:
         int8 = multiplies_in_int8(model, exact)
     return Formats(exact, torch.int8 if int8 else exact)
+
+
+def search_products(device: torch.device, own: torch.dtype, multiplications: int) -> torch.dtype:
+    """The format of products in a search in few dimensions; loss and gradient are in its own.
+
+    Those tell samples with a small |alpha| from noise. 8 bits would take too long to round to.
+
+    Args:
+        device: of the search.
+        own: dtype of the model.
+        multiplications: of a pass of the search.
+    """
+    return torch.bfloat16 if multiplications >= WORTHWHILE and matrix_units(device) else own
 
 
 def multiplies_in_int8(model: FeatureMap, exact: torch.dtype) -> bool:

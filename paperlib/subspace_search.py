@@ -25,7 +25,7 @@ from paperlib.levenberg_marquardt import Descent, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.memory import PRODUCTS, activation_bytes, bytes_of
 from paperlib.outlying_directions import outlying_directions
-from paperlib.precision import Formats
+from paperlib.precision import Formats, search_products
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere, to_sphere
 from paperlib.subspace import SubspaceFeatures
@@ -176,8 +176,12 @@ class SubspaceSearch:
 
     def _descend(self, features: FeatureMap, lift: Lift | None, Z: Tensor) -> Descent:
         theta = lift.theta if lift else self.theta
+        size = self.candidates * features.p * features.d
+        products = search_products(features.device, features.dtype, size)
         run = levenberg_marquardt(
-            lambda Z: Linearization(features, theta, Z, lift=lift, curvature=True),
+            lambda Z: Linearization(
+                features, theta, Z, lift=lift, curvature_dtype=products, curvature=True
+            ),
             Z,
             target=ENOUGH,
             max_steps=MOST_STEPS,
@@ -218,10 +222,12 @@ def search_bytes(model: FeatureMap, n: int, candidates: int, outputs: int) -> in
     """The most bytes that a search allocates: its weights, and two points of its descent."""
     features, directions = largest_search(model, n, candidates, outputs)
     features = share_held(model, features)
-    own = Formats(model.dtype, model.dtype)
-    points = activation_bytes(candidates, n, features, PRODUCTS, model.dtype, own)
+    products = search_products(model.device, model.dtype, candidates * features * directions)
+    formats = Formats(model.dtype, products)
+    points = activation_bytes(candidates, n, features, PRODUCTS, model.dtype, formats)
     parameters = bytes_of(model.dtype, 3, outputs, model.p)
-    return points + parameters + bytes_of(model.dtype, features, directions)
+    weights = sum(bytes_of(dtype, features, directions) for dtype in set(formats))
+    return points + parameters + weights
 
 
 def independent_columns(rows: Tensor, *, cutoff: float = 1e-4) -> Tensor:

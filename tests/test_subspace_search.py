@@ -424,6 +424,28 @@ def test_a_search_takes_no_more_than_was_predicted(monkeypatch, n, d, ratio, C):
     assert 0.3 * predicted < max(taken) <= predicted
 
 
+@pytest.mark.parametrize("units", [True, False])
+def test_large_searches_multiply_in_bfloat16_on_matrix_units(monkeypatch, units):
+    monkeypatch.setattr("paperlib.precision.matrix_units", lambda device: units)
+    model, theta, data = problem(6, 60, 6.0)
+    lift = Lift(model, theta, dtype=model.dtype)
+    formats = set()
+
+    def watched(*arguments, **options):
+        point = Linearization(*arguments, **options)
+        formats.add((point.dtype, point.curvature_dtype))
+        return point
+
+    monkeypatch.setattr("paperlib.subspace_search.Linearization", watched)
+    small = search_of(model, theta, 6, lift=lift).first()
+    assert formats == {(torch.float32, torch.float32)}
+    monkeypatch.setattr("paperlib.precision.WORTHWHILE", 0)
+    large = search_of(model, theta, 6, lift=lift).first()
+    assert ((torch.float32, torch.bfloat16) in formats) == units
+    errors = [Linearization(model, lift.theta, X, lift=lift).loss for X in (small, large)]
+    assert errors[1] < 1.5 * errors[0] < 1
+
+
 @pytest.mark.parametrize(("start", "refused"), [("subspace", True), ("random", False)])
 def test_a_run_whose_searches_would_not_fit_is_refused(monkeypatch, start, refused):
     model, theta, data = problem(3, 40, 5.0)
