@@ -438,10 +438,10 @@ def test_large_searches_multiply_in_bfloat16_on_matrix_units(monkeypatch, units)
 
     monkeypatch.setattr("paperlib.subspace_search.Linearization", watched)
     small = search_of(model, theta, 6, lift=lift).first()
-    assert formats == {(torch.float32, torch.float32)}
+    assert formats == {(model.dtype, model.dtype)}
     monkeypatch.setattr("paperlib.precision.WORTHWHILE", 0)
     large = search_of(model, theta, 6, lift=lift).first()
-    assert ((torch.float32, torch.bfloat16) in formats) == units
+    assert ((model.dtype, torch.bfloat16) in formats) == units
     errors = [Linearization(model, lift.theta, X, lift=lift).loss for X in (small, large)]
     assert errors[1] < 1.5 * errors[0] < 1
 
