@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -32,48 +31,52 @@ from paperlib import between_products, few_rows
 from paperlib.int8 import multiply
 from paperlib.lift import Lift
 from paperlib.matrix_product import combine
-from paperlib.memory import INPUTS, INPUTS_DIMENSION, PRODUCTS
+from paperlib.memory import INPUTS, INPUTS_DIMENSION
+from paperlib.memory import PRODUCTS as KEPT_PRODUCTS
 from paperlib.precision import arithmetic
 from paperlib.projection import Linearization
 from paperlib.results import save_table
 
 SIDE = 2048
 
+LINEARIZE, PRODUCT = "linearize", "Gauss-Newton product"
 
-def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds after one warm-up, the device waited for.
+# Rounds in which each work is done once, after one that does not count.
+ROUNDS = 12
 
-    On one CPU thread these are processor seconds, which leave out what other processes took.
+
+def least_seconds(works: Mapping[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
+    """The least seconds of each work, the device waited for.
+
+    Other processes can only add to them, and on a machine with neighbours they do, for minutes:
+    so the works take turns. On one CPU thread these are processor seconds.
     """
     alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
 
-    def once() -> float:
+    def once(work: Callable[[], object]) -> float:
         begun = clock()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return clock() - begun
 
-    once()
-    return statistics.median(once() for _ in range(repeats))
+    rounds = [{name: once(work) for name, work in works.items()} for _ in range(ROUNDS + 1)]
+    return {name: min(found[name] for found in rounds[1:]) for name in works}
 
 
-@lru_cache
-def ceilings(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Operations a second of a square product, and bytes a second of reading a large tensor."""
+def square_products(dtype: torch.dtype, device: str) -> list[Callable[[], object]]:
+    """A square product, in the ways of the libraries of torch; our kernels are for few rows."""
     square = torch.randn(SIDE, SIDE, device=device)
-    if dtype == torch.int8:
-        square = (20 * square).to(dtype)
-        rate = 2 * SIDE**3 / seconds(lambda: multiply(square, square))
-    else:
+    if dtype != torch.int8:
         square = square.to(arithmetic(dtype))
-        # Whichever of the libraries of torch is faster; our kernels are for few rows only.
-        ways = lambda: square @ square, lambda: combine(square, square)
-        rate = 2 * SIDE**3 / min(seconds(way) for way in ways)
-    # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
-    long = torch.randn(2**27, device=device)
-    return rate, 4 * len(long) / seconds(lambda: long.sum())
+        return [lambda: square @ square, lambda: combine(square, square)]
+    square = (20 * square).to(dtype)
+    ways = [lambda: multiply(square, square)]
+    if few_rows.on_matrix_units(dtype):
+        # The libraries do not use them in 8 bits.
+        ways.append(lambda: few_rows.project(square, square))
+    return ways
 
 
 @lru_cache
@@ -96,52 +99,32 @@ def libraries_alone() -> Iterator[None]:
 
 def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
     """Rows for linearising and for the Gauss-Newton product, by each kind of kernel."""
-    rows = []
+    works: dict[Hashable, Callable[[], object]] = {}
+    ways = square_products(dtype, device)
+    works |= dict(enumerate(ways))
+    # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
+    long = torch.randn(2**27, device=device)
+    works["read"] = lambda: long.sum()
+    kinds = {"libraries": libraries_alone}
     if device == "cpu" and few_rows.available(dtype):
-        rows += measure_with("own", n, p, d, dtype, device)
-    with libraries_alone():
-        return rows + measure_with("libraries", n, p, d, dtype, device)
+        kinds = {"own": nullcontext} | kinds
+    for kernels, context in kinds.items():
+        for product, work in products(n, p, d, dtype, device, context).items():
+            works[kernels, product] = work
+    took = least_seconds(works)
+    rate = 2 * SIDE**3 / min(took[way] for way in range(len(ways)))
+    bandwidth = 4 * len(long) / took["read"]
 
-
-def measure_with(
-    kernels: str, n: int, p: int, d: int, dtype: torch.dtype, device: str
-) -> list[dict]:
-    """The same by one kind of kernel."""
-    rate, bandwidth = ceilings(dtype, device)
-    model, lift = problem(p, d, device)
-    X = paperlib.sphere(n, d, seed=2).X.to(device)
-    keep = INPUTS if d >= INPUTS_DIMENSION else PRODUCTS  # as the solver does
-
-    def linearize() -> Linearization:
-        return Linearization(
-            model,
-            lift.theta,
-            X,
-            lift=lift,
-            dtype=torch.float32 if dtype == torch.int8 else dtype,
-            curvature_dtype=dtype,
-            curvature=True,
-            keep=keep,
-        )
-
-    point = linearize()
-    step = torch.randn_like(X), X.new_zeros(n, 1), X.new_zeros(1, d)
     size = torch.empty(0, dtype=dtype).element_size()
-    # (name, work, rows that are multiplied with V, readings of V)
-    cases = [
-        ("linearize", linearize, 3 * n + 1, 2),
-        ("Gauss-Newton product", lambda: point.product(*step), 2 * (n + 1), 1),
-    ]
-    if dtype == torch.int8:
-        cases = cases[1:]
     rows = []
-    for name, work, multiplied, readings in cases:
-        took = seconds(work)
+    for kernels, product in (name for name in works if isinstance(name, tuple)):
+        # Rows that are multiplied with V, and readings of V.
+        multiplied, readings = (3 * n + 1, 2) if product == LINEARIZE else (2 * (n + 1), 1)
+        seconds = took[kernels, product]
         operations, read = 2 * multiplied * p * d, size * p * d * readings
-        floor = max(operations / rate, read / bandwidth)
         rows.append(
             {
-                "product": name,
+                "product": product,
                 "dtype": str(dtype).removeprefix("torch."),
                 "instructions": "AVX2" if "ONEDNN_MAX_CPU_ISA" in os.environ else "all",
                 "kernels": kernels,
@@ -149,14 +132,53 @@ def measure_with(
                 "p": p,
                 "d": d,
                 "threads": torch.get_num_threads(),
-                "seconds": took,
-                "gigaflops": operations / took / 1e9,
+                "seconds": seconds,
+                "gigaflops": operations / seconds / 1e9,
                 "ceiling_gigaflops": rate / 1e9,
                 "bandwidth_gigabytes": bandwidth / 1e9,
-                "efficiency": floor / took,
+                "efficiency": max(operations / rate, read / bandwidth) / seconds,
             }
         )
     return rows
+
+
+def products(
+    n: int,
+    p: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    context: Callable[[], AbstractContextManager],
+) -> dict[str, Callable[[], object]]:
+    """The products by name, each made within a context."""
+    model, lift = problem(p, d, device)
+    X = paperlib.sphere(n, d, seed=2).X.to(device)
+    keep = INPUTS if d >= INPUTS_DIMENSION else KEPT_PRODUCTS  # as the solver does
+
+    def linearize() -> Linearization:
+        with context():
+            return Linearization(
+                model,
+                lift.theta,
+                X,
+                lift=lift,
+                dtype=torch.float32 if dtype == torch.int8 else dtype,
+                curvature_dtype=dtype,
+                curvature=True,
+                keep=keep,
+            )
+
+    point = linearize()
+    step = torch.randn_like(X), X.new_zeros(n, 1), X.new_zeros(1, d)
+
+    def product() -> None:
+        with context():
+            point.product(*step)
+
+    found: dict[str, Callable[[], object]] = {LINEARIZE: linearize, PRODUCT: product}
+    if dtype == torch.int8:
+        del found[LINEARIZE]
+    return found
 
 
 # What keeps a compiler, and the libraries of torch, from using AVX-512.

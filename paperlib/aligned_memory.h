@@ -20,22 +20,28 @@ public:
       if (block->first != bytes) continue;
       void *memory = block->second;
       blocks.erase(block);
+      total -= bytes;
       return memory;
     }
     return std::aligned_alloc(64, bytes);
   }
   void give(long bytes, void *memory) {
     blocks.emplace_back(bytes, memory);
-    if (blocks.size() <= MOST) return;
-    std::free(blocks.front().second);
-    blocks.erase(blocks.begin());
+    total += bytes;
+    while (total > MOST_BYTES || blocks.size() > MOST_BLOCKS) {
+      total -= blocks.front().first;
+      std::free(blocks.front().second);
+      blocks.erase(blocks.begin());
+    }
   }
   ~Kept() {
     for (auto &block : blocks) std::free(block.second);
   }
 
 private:
-  static constexpr size_t MOST = 16; // blocks
+  static constexpr long MOST_BYTES = 32 << 20;
+  static constexpr size_t MOST_BLOCKS = 32;
+  long total = 0;
   std::vector<std::pair<long, void *>> blocks;
 };
 
