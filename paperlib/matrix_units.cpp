@@ -48,7 +48,6 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
 #pragma omp for schedule(static)
     for (long k = 0; k < h; k += chunk) {
       const long rows = std::min(chunk, h - k);
-      if (rows < chunk) std::memset((void *)left.get(), 0, m * chunk * sizeof(number));
       for (long i = 0; i < m; i++) {
         std::memcpy((void *)(left.get() + i * chunk), W + i * h + k, rows * sizeof(number));
       }

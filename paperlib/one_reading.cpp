@@ -10,7 +10,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "between_products.h"
 #include "combination.h"
@@ -56,7 +55,6 @@ void pass(const typename F::number *A, long sent, const typename F::number *V, l
         const long rows = std::clamp<long>(count - k, 0, PANEL);
         projection.add(V + (begin + k) * d, rows, U.get() + k, chunk, &mine.V, k);
       }
-      if (count < chunk) std::memset((void *)W.get(), 0, back * chunk * sizeof(number));
       turn(Between<F>{begin, count, chunk, thread, U.get(), W.get(), scales.get()});
       mine.add(W.get(), scales.get(), count);
     }

@@ -62,7 +62,7 @@ public:
       : d(d), full(d / STEP<F>), steps(parts_of(d, STEP<F>)),
         end(allocate<number>(PANEL * STEP<F>)) {}
 
-  // `rows` rows of V, at most PANEL; zeros beyond.
+  // `rows` rows of V, at most PANEL; zeros beyond, whatever W has for them.
   void open(const number *V, long rows) {
     if (rows < PANEL) {
       if (!few) few = allocate<number>(PANEL * d);

@@ -244,19 +244,29 @@ def test_directions_are_looked_for_by_it(dtype, monkeypatch):
     assert len(rows) == 2
 
 
+def test_matrix_units_are_for_fewer_dimensions_and_fewer_rows(monkeypatch):
+    monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+    least, most = few_rows.UNITS_LEAST_DIMENSION, few_rows.UNITS_MOST_ROWS
+    for d, rows in ((least, least // 2), (4 * most, most)):
+        V = torch.ones(10, d, dtype=torch.bfloat16)
+        A = V[:1].expand(rows + 1, -1)
+        assert one_reading.takes_pass(A[:rows], V) and not one_reading.takes_pass(A, V)
+    assert not one_reading.takes_pass(A[:1, 1:least], V[:, 1:least].contiguous())
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "int8"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_products_of_the_solver_are_made_by_it(name, activation, monkeypatch):
     dtype = getattr(torch, name)
-    model = paperlib.RandomFeatures(512, 9000, activation, seed=1)
-    theta, X = randn(1, 9000), paperlib.sphere(4, 512, seed=2).X
+    model = paperlib.RandomFeatures(1024, 9000, activation, seed=1)
+    theta, X = randn(1, 9000), paperlib.sphere(4, 1024, seed=2).X
     lift = Lift(model, theta, dtype=torch.float32)
     exact = torch.float32 if name == "int8" else dtype
     point = Linearization(
         model, lift.theta, X, lift=lift, dtype=exact, curvature_dtype=dtype, curvature=True,
         keep=INPUTS,
     )  # fmt: skip
-    step = randn(4, 512, seed=3), randn(4, 1, seed=4), randn(1, 512, seed=5)
+    step = randn(4, 1024, seed=3), randn(4, 1, seed=4), randn(1, 1024, seed=5)
     rows = []
     add = one_reading.add_product
     monkeypatch.setattr(
@@ -265,7 +275,7 @@ def test_products_of_the_solver_are_made_by_it(name, activation, monkeypatch):
         lambda A, V, *others, **options: rows.append(len(V)) or add(A, V, *others, **options),
     )
     found = point.product(*step)
-    assert rows == [8192, 808]  # whole blocks
+    assert rows == [8192, 808]  # whole blocks, of two tiles or more elsewhere
     monkeypatch.setattr(one_reading, "takes", lambda *arguments: False)
     for part, other in zip(found, point.product(*step), strict=True):
         close(part, other.double(), 2e-2)
