@@ -99,9 +99,9 @@ private:
   Memory<Total> totals;
 };
 
-// How many rows of V a thread takes at once, so that all have as many. With few rows on the left all
-// that it works on stays in its cache; with many, reading and writing the sums for every chunk takes
-// longer than what comes from beyond the cache.
+// How many rows of V a thread takes at once, so that all have as many. With few rows on the left
+// all that it works on stays in its cache; with many, reading and writing the sums for every chunk
+// takes longer than what comes from beyond the cache.
 template <class F> long chunk_rows(long m, long h, long d, int threads) {
   const long bytes = m > 3 * SIDE ? 1152 << 10 : 576 << 10;
   const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;

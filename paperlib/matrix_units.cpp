@@ -1,5 +1,5 @@
-// The products of `few_rows.cpp` on the matrix units of a processor. `matrix_units.py` compiles this
-// file and says what it is for.
+// The products of `few_rows.cpp` on the matrix units of a processor. `matrix_units.py` compiles
+// this file and says what it is for.
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
 

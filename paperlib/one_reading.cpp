@@ -1,5 +1,5 @@
-// Both products of a pass, and what lies between them, in one reading of V, on the matrix units of a
-// processor. `one_reading.py` compiles this file and says what it is for.
+// Both products of a pass, and what lies between them, in one reading of V, on the matrix units of
+// a processor. `one_reading.py` compiles this file and says what it is for.
 //
 // The units multiply about as fast as the memory gives V. While a chunk of V goes through the first
 // product it is brought into order for the second; what comes out of the one and goes into the
