@@ -27,7 +27,7 @@ import pandas
 import torch
 
 import paperlib
-from paperlib import between_products, few_rows
+from paperlib import between_products, few_rows, matrix_units
 from paperlib.int8 import multiply
 from paperlib.lift import Lift
 from paperlib.matrix_product import combine
@@ -73,7 +73,7 @@ def square_products(dtype: torch.dtype, device: str) -> list[Callable[[], object
         return [lambda: square @ square, lambda: combine(square, square)]
     square = (20 * square).to(dtype)
     ways = [lambda: multiply(square, square)]
-    if few_rows.on_matrix_units(dtype):
+    if matrix_units.multiply(dtype):
         # The libraries do not use them in 8 bits.
         ways.append(lambda: few_rows.project(square, square))
     return ways

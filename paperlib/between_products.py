@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paperlib import few_rows
 from paperlib.activations import step
-from paperlib.compiled import call, library
+from paperlib.compiled import call, has
 from paperlib.instructions import vector_instructions
 from paperlib.int8 import Int8Rows
 
@@ -70,8 +70,7 @@ def takes(U: Tensor, activations: Given | TwoSlopes, outputs: int) -> bool:
         return False
     if not reads(activations, U.dtype) or U.dtype not in few_rows.NAMES:
         return False
-    compiled = library(SOURCE) if vector_instructions(U.device) else None
-    return compiled is not None and hasattr(compiled, f"turn_{few_rows.NAMES[U.dtype]}")
+    return vector_instructions(U.device) and has(SOURCE, f"turn_{few_rows.NAMES[U.dtype]}")
 
 
 def reads(activations: Given | TwoSlopes, dtype: torch.dtype) -> bool:

@@ -5,6 +5,9 @@
 
 #pragma once
 
+#include <omp.h>
+
+#include <algorithm>
 #include <type_traits>
 
 #include "panels.h"
@@ -107,7 +110,7 @@ template <class F> long chunk_rows(long m, long h, long d, int threads) {
   const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;
   const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK);
   const long chunks = threads * parts_of(h, threads * most);
-  return parts_of(parts_of(h, chunks), STEP<F>) * STEP<F>;
+  return rounded_up(parts_of(h, chunks), STEP<F>);
 }
 
 // Adds the sums of all threads to out, (height, d): row i to its row i % height.
@@ -117,6 +120,43 @@ template <class Sums> void add_up(const Sums *const *sums, int threads, float *o
     for (int t = 0; t < threads; t++) {
       for (long i = row; i < sums[t]->m; i += height) sums[t]->add_to(out + row * sums[t]->d, i);
     }
+  }
+}
+
+// What is done with a chunk of V: features `begin`, .., of which there are `count`. V goes into the
+// order of right tiles, and W, as it goes back through V, has rows `apart` from one another; in
+// 8 bits they may have scales.
+template <class F> struct Work {
+  const long begin, count, apart;
+  Chunk<F> &V;
+  typename F::number *W;
+  float *scales;
+
+  typename F::number *w(long i) const { return W + i * apart; }
+};
+
+// Adds W V to out, m rows to its (height, d), chunk by chunk of the h rows of V. Every thread calls
+// `begin(chunk)`, for chunks of so many rows, and what that returns with each `Work`.
+template <class F, class Total, class Begin>
+void add_chunks(long m, float *out, long height, long h, long d, int threads, const Begin &begin) {
+  using Mine = Combination<F, Total>;
+  const long chunk = chunk_rows<F>(m, h, d, threads);
+  Mine *all_sums[MOST_THREADS] = {};
+#pragma omp parallel num_threads(threads)
+  {
+    auto work = begin(chunk);
+    Units units;
+    Mine mine(m, d, chunk);
+    all_sums[omp_get_thread_num()] = &mine;
+    auto W = zeros<typename F::number>(mine.blocks * SIDE * chunk);
+    auto scales = zeros<float>(mine.blocks * SIDE);
+#pragma omp for schedule(static)
+    for (long first = 0; first < h; first += chunk) {
+      const long count = std::min(chunk, h - first);
+      work(Work<F>{first, count, chunk, mine.V, W.get(), scales.get()});
+      mine.add(W.get(), scales.get(), count);
+    }
+    add_up(all_sums, omp_get_num_threads(), out, height);
   }
 }
 

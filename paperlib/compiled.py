@@ -75,6 +75,12 @@ def library(name: str) -> ctypes.CDLL | None:
     return loaded
 
 
+def has(source: str, function: str) -> bool:
+    """Whether a source file compiles here, and with that function."""
+    compiled = library(source)
+    return compiled is not None and hasattr(compiled, function)
+
+
 def call(source: str, function: str, *arguments: Tensor | int | float | None) -> None:
     """Call a function of a source file that compiled, on the threads of torch.
 

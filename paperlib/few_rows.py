@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paperlib import matrix_units
-from paperlib.compiled import call, library
+from paperlib.compiled import call, has
 from paperlib.instructions import bfloat16_units, vector_instructions
 
 SOURCE = "few_rows.cpp"
@@ -39,7 +39,7 @@ def takes(A: Tensor, V: Tensor) -> bool:
         return False
     h, d = V.shape
     least, most, share = LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE
-    if on_matrix_units(V.dtype):
+    if matrix_units.multiply(V.dtype):
         least, most, share = UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE
     if d < least or len(A) > min(most, share * d):
         return False
@@ -67,7 +67,7 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    source = matrix_units.SOURCE if on_matrix_units(V.dtype) else SOURCE
+    source = matrix_units.SOURCE if matrix_units.multiply(V.dtype) else SOURCE
     call(source, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 
@@ -81,10 +81,4 @@ def available(dtype: torch.dtype) -> bool:
     if dtype != torch.float32 and bfloat16_units(cpu):
         # Without a compiler that knows them, the libraries still do.
         return matrix_units.available()
-    compiled = library(SOURCE) if vector_instructions(cpu) else None
-    return compiled is not None and hasattr(compiled, f"project_{NAMES[dtype]}")
-
-
-def on_matrix_units(dtype: torch.dtype) -> bool:
-    """Whether kernels on matrix units multiply numbers of that dtype here."""
-    return dtype in matrix_units.NAMES and matrix_units.available()
+    return vector_instructions(cpu) and has(SOURCE, f"project_{NAMES[dtype]}")

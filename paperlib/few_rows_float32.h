@@ -4,8 +4,6 @@
 
 #include "lanes.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace {
 
 // A load that is not made again for every product, as GCC makes it for float32.

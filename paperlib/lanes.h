@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace {
 
 struct Float16Number {

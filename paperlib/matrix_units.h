@@ -10,8 +10,6 @@
 
 #include "lanes.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace {
 
 constexpr int SIDE = LANES;        // rows of a tile, and numbers of 32 bits in each
@@ -20,6 +18,7 @@ constexpr int ROW_BYTES = 4 * SIDE;
 constexpr int PANEL = 2 * SIDE;    // rows of V that are multiplied with A at once
 
 inline long parts_of(long count, long size) { return (count + size - 1) / size; }
+inline long rounded_up(long count, long size) { return parts_of(count, size) * size; }
 
 // The units as these products use them, and as they were before once it ends: the libraries of
 // torch have their own way with them.
@@ -40,17 +39,22 @@ private:
   alignas(64) uint8_t before[64];
 };
 
+// The sums of LEFT by RIGHT tiles by an intrinsic, which takes the numbers of tiles as they are
+// written: 0 to 3 are the sums, 4 and 5 left, 6 and 7 right.
+#define MULTIPLY(add_product)                                                                      \
+  template <int LEFT, int RIGHT> static void multiply() {                                          \
+    add_product(0, 4, 6);                                                                          \
+    if constexpr (RIGHT == 2) add_product(1, 4, 7);                                                \
+    if constexpr (LEFT == 2) add_product(2, 5, 6);                                                 \
+    if constexpr (LEFT == 2 && RIGHT == 2) add_product(3, 5, 7);                                   \
+  }
+
 struct Bfloat16 {
   using number = Bfloat16Number;
   using sum = float;
   static constexpr int PER_LANE = 2;
 
-  template <int LEFT, int RIGHT> static void multiply() {
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (RIGHT == 2) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (LEFT == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (LEFT == 2 && RIGHT == 2) _tile_dpbf16ps(3, 5, 7);
-  }
+  MULTIPLY(_tile_dpbf16ps)
   // Lanes of two rows, side by side.
   static void order(const Register *x, Register *out) {
     out[0] = _mm512_unpacklo_epi16(x[0], x[1]);
@@ -63,12 +67,7 @@ struct Int8 {
   using sum = int32_t;
   static constexpr int PER_LANE = 4;
 
-  template <int LEFT, int RIGHT> static void multiply() {
-    _tile_dpbssd(0, 4, 6);
-    if constexpr (RIGHT == 2) _tile_dpbssd(1, 4, 7);
-    if constexpr (LEFT == 2) _tile_dpbssd(2, 5, 6);
-    if constexpr (LEFT == 2 && RIGHT == 2) _tile_dpbssd(3, 5, 7);
-  }
+  MULTIPLY(_tile_dpbssd)
   // Lanes of four rows, side by side.
   static void order(const Register *x, Register *out) {
     const Register ab = _mm512_unpacklo_epi8(x[0], x[1]), AB = _mm512_unpackhi_epi8(x[0], x[1]);

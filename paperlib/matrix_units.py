@@ -11,18 +11,21 @@ from functools import lru_cache
 
 import torch
 
-from paperlib.compiled import library
+from paperlib.compiled import has, library
 from paperlib.instructions import matrix_units
 
 SOURCE = "matrix_units.cpp"
 
-NAMES = {torch.bfloat16: "bfloat16", torch.int8: "int8"}
+FORMATS = torch.bfloat16, torch.int8
+
+
+def multiply(dtype: torch.dtype) -> bool:
+    """Whether kernels by such units multiply numbers of that dtype here."""
+    return dtype in FORMATS and available()
 
 
 @lru_cache
 def available() -> bool:
     """Whether this processor has such units, the system lets us use them and a compiler can."""
-    if not matrix_units(torch.device("cpu")):
-        return False
-    compiled = library(SOURCE)
-    return compiled is not None and hasattr(compiled, "allowed") and compiled.allowed() == 1
+    units = matrix_units(torch.device("cpu")) and has(SOURCE, "allowed")
+    return units and library(SOURCE).allowed() == 1

@@ -16,50 +16,29 @@
 
 namespace {
 
-// What `turn` finds of a chunk: features `begin`, .., of which there are `count`. Their U = A V^T,
-// and W as it goes back through V, rows `apart` from one another; in 8 bits W has scales.
-template <class F> struct Between {
-  const long begin, count, apart;
-  const int thread;
+// A chunk whose U = A V^T is known, rows as far apart as those of W.
+template <class F> struct Between : Work<F> {
   const float *U;
-  typename F::number *W;
-  float *scales;
 
-  const float *u(long i) const { return U + i * apart; }
-  typename F::number *w(long i) const { return W + i * apart; }
+  const float *u(long i) const { return U + i * this->apart; }
 };
 
-// Adds W V to out, `back` rows to its (height, d), for the W that `turn` makes of A V^T.
+// Adds W V to out, m rows to its (height, d), for the W that `turn` makes of A V^T.
 template <class F, class Turn>
-void pass(const typename F::number *A, long sent, const typename F::number *V, long back,
-          float *out, long height, long h, long d, int threads, const Turn &turn) {
-  using number = typename F::number;
-  using Mine = Combination<F, float>;
-  const long chunk = chunk_rows<F>(back, h, d, threads);
+void pass(const typename F::number *A, long sent, const typename F::number *V, long m, float *out,
+          long height, long h, long d, int threads, const Turn &turn) {
   Right<F> right(sent, d);
-  Mine *all_sums[MOST_THREADS] = {};
-#pragma omp parallel num_threads(threads)
-  {
+  add_chunks<F, float>(m, out, height, h, d, threads, [&](long chunk) {
     right.fill(A);
-    Units units;
-    Projection<F> projection(right);
-    Mine mine(back, d, chunk);
-    const int thread = omp_get_thread_num();
-    all_sums[thread] = &mine;
-    auto U = allocate<float>(sent * chunk), scales = zeros<float>(mine.blocks * SIDE);
-    auto W = zeros<number>(mine.blocks * SIDE * chunk);
-#pragma omp for schedule(static)
-    for (long begin = 0; begin < h; begin += chunk) {
-      const long count = std::min(chunk, h - begin);
-      for (long k = 0; k < parts_of(count, STEP<F>) * STEP<F>; k += PANEL) {
-        const long rows = std::clamp<long>(count - k, 0, PANEL);
-        projection.add(V + (begin + k) * d, rows, U.get() + k, chunk, &mine.V, k);
+    return [&, projection = Projection<F>(right),
+            U = allocate<float>(sent * chunk)](const Work<F> &here) mutable {
+      for (long k = 0; k < rounded_up(here.count, STEP<F>); k += PANEL) {
+        const long rows = std::clamp<long>(here.count - k, 0, PANEL);
+        projection.add(V + (here.begin + k) * d, rows, U.get() + k, here.apart, &here.V, k);
       }
-      turn(Between<F>{begin, count, chunk, thread, U.get(), W.get(), scales.get()});
-      mine.add(W.get(), scales.get(), count);
-    }
-    add_up(all_sums, omp_get_num_threads(), out, height);
-  }
+      turn(Between<F>{here, U.get()});
+    };
+  });
 }
 
 // ---- a Gauss-Newton product
@@ -71,7 +50,7 @@ void product(const typename F::number *A, const typename F::number *V, const Act
   auto all_Ha = zeros<float>(threads * m);
   pass<F>(A, m, V, m, HX, m, h, d, threads, [&](const Between<F> &here) {
     alignas(64) float T[MOST_CHUNK], scaled[MOST_CHUNK];
-    float *back = step.scales ? scaled : T, *my_Ha = all_Ha.get() + here.thread * m;
+    float *back = step.scales ? scaled : T, *my_Ha = all_Ha.get() + omp_get_thread_num() * m;
     const Step now = step.from(here.begin);
     const auto there = at.from(here.begin);
     for (long k = 0; k < here.count; k += LANES) {
@@ -86,98 +65,9 @@ void product(const typename F::number *A, const typename F::number *V, const Act
   }
 }
 
-// ---- loss and gradient, for an activation that is linear on either side of 0
-
 inline Lanes rounded(Lanes a) {
   const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-// Inputs U = X V^T and features of the samples, both rounded, and features V.
-void forward(const Bfloat16Number *X, const Bfloat16Number *V, float left, float right, long n,
-             long h, long d, Bfloat16Number *inputs, Bfloat16Number *features, float *through,
-             int threads) {
-  pass<Bfloat16>(X, n, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
-    const TwoSlopes<Bfloat16Number> at{inputs + here.begin, h, left, right};
-    for (long i = 0; i < n; i++) {
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const long entry = i * h + here.begin + k;
-        store(inputs + entry, load(here.u(i) + k, part), part);
-        const Lanes phi = at.feature(i, k, part, at.slope(i, k, part));
-        store(features + entry, phi, part);
-        store(here.w(i) + k, phi, part);
-      }
-    }
-  });
-}
-
-// The residual E = theta - sum_i alpha_i phi_i - V w, and (slopes_i * E) V.
-void backward(const Bfloat16Number *w, const Bfloat16Number *V,
-              const TwoSlopes<Bfloat16Number> &at, const float *theta, const float *alpha, long n,
-              long h, long d, float *residual, float *through, int threads) {
-  pass<Bfloat16>(w, 1, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
-    const auto there = at.from(here.begin);
-    float *E = residual + here.begin;
-    for (long k = 0; k < here.count; k += LANES) {
-      const Part part = first(here.count - k);
-      Lanes explained = load(here.U + k, part);
-      for (long i = 0; i < n; i++) {
-        const Lanes phi = rounded(there.feature(i, k, part, there.slope(i, k, part)));
-        explained = multiply_add(all(alpha[i]), phi, explained);
-      }
-      const Lanes e = multiply_add(all(-1), explained, load(theta + here.begin + k, part));
-      store(E + k, e, part);
-    }
-    for (long i = 0; i < n; i++) write(there, i, n, E, here.w(i), here.scales, here.count);
-  });
-}
-
-// ---- sum_k y_k (q . v_k) v_k for the rows q of Q
-
-void second_moment(const Bfloat16Number *Q, const Bfloat16Number *V, const float *Y, const float *,
-                   long q, long h, long d, float *out, int threads) {
-  pass<Bfloat16>(Q, q, V, q, out, q, h, d, threads, [&](const Between<Bfloat16> &here) {
-    for (long i = 0; i < q; i++) {
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const Lanes y = load(Y + here.begin + k, part);
-        store(here.w(i) + k, multiply(y, load(here.u(i) + k, part)), part);
-      }
-    }
-  });
-}
-
-// In 8 bits W is too coarse, since the Y differ much: what rounding leaves of it goes beside it.
-void second_moment(const int8_t *Q, const int8_t *V, const float *Y, const float *V_scales, long q,
-                   long h, long d, float *out, int threads) {
-  pass<Int8>(Q, q, V, 2 * q, out, q, h, d, threads, [&](const Between<Int8> &here) {
-    alignas(64) float w[MOST_CHUNK], y[MOST_CHUNK];
-    for (long k = 0; k < here.count; k += LANES) {
-      const Part part = first(here.count - k);
-      const Lanes scale = load(V_scales + here.begin + k, part);
-      store(y + k, multiply(multiply(scale, scale), load(Y + here.begin + k, part)), part);
-    }
-    for (long i = 0; i < q; i++) {
-      Lanes largest = all(0);
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const Lanes wide = multiply(load(y + k, part), load(here.u(i) + k, part));
-        largest = larger(largest, size(wide));
-        store(w + k, wide, part);
-      }
-      const float most = largest_of(largest), scale = (most > 0 ? most : 1) / 127;
-      here.scales[i] = scale;
-      here.scales[q + i] = scale / 254; // half a step becomes 127
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const Lanes steps = multiply(load(w + k, part), all(1 / scale));
-        const Lanes whole = _mm512_roundscale_ps(steps, 0);
-        store(here.w(i) + k, whole, part);
-        store(here.w(q + i) + k, multiply(_mm512_sub_ps(steps, whole), all(254)), part);
-      }
-    }
-  });
 }
 
 } // namespace
@@ -207,24 +97,95 @@ PRODUCT(int8, Int8, float)
 PRODUCT_TWO_SLOPES(int8_float32, Int8, float)
 PRODUCT_TWO_SLOPES(int8_float16, Int8, Float16Number)
 
+// ---- loss and gradient, for an activation that is linear on either side of 0
+
+// Inputs U = X V^T and features of the samples, both rounded, and features V.
 void forward_bfloat16(const Bfloat16Number *X, const Bfloat16Number *V, float left, float right,
                       long n, long h, long d, Bfloat16Number *inputs, Bfloat16Number *features,
                       float *through, int threads) {
-  forward(X, V, left, right, n, h, d, inputs, features, through, threads);
+  pass<Bfloat16>(X, n, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
+    const TwoSlopes<Bfloat16Number> at{inputs + here.begin, h, left, right};
+    for (long i = 0; i < n; i++) {
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const long entry = i * h + here.begin + k;
+        store(inputs + entry, load(here.u(i) + k, part), part);
+        const Lanes phi = at.feature(i, k, part, at.slope(i, k, part));
+        store(features + entry, phi, part);
+        store(here.w(i) + k, phi, part);
+      }
+    }
+  });
 }
+
+// The residual E = theta - sum_i alpha_i phi_i - V w, and (slopes_i * E) V.
 void backward_bfloat16(const Bfloat16Number *w, const Bfloat16Number *V,
                        const Bfloat16Number *inputs, long apart, float left, float right,
                        const float *theta, const float *alpha, long n, long h, long d,
                        float *residual, float *through, int threads) {
-  backward(w, V, {inputs, apart, left, right}, theta, alpha, n, h, d, residual, through, threads);
+  const TwoSlopes<Bfloat16Number> at{inputs, apart, left, right};
+  pass<Bfloat16>(w, 1, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
+    const auto there = at.from(here.begin);
+    float *E = residual + here.begin;
+    for (long k = 0; k < here.count; k += LANES) {
+      const Part part = first(here.count - k);
+      Lanes explained = load(here.U + k, part);
+      for (long i = 0; i < n; i++) {
+        const Lanes phi = rounded(there.feature(i, k, part, there.slope(i, k, part)));
+        explained = multiply_add(all(alpha[i]), phi, explained);
+      }
+      const Lanes e = multiply_add(all(-1), explained, load(theta + here.begin + k, part));
+      store(E + k, e, part);
+    }
+    for (long i = 0; i < n; i++) write(there, i, n, E, here.w(i), here.scales, here.count);
+  });
 }
+
+// ---- sum_k y_k (q . v_k) v_k for the rows q of Q
+
 void second_moment_bfloat16(const Bfloat16Number *Q, const Bfloat16Number *V, const float *Y,
-                            const float *scales, long q, long h, long d, float *out, int threads) {
-  second_moment(Q, V, Y, scales, q, h, d, out, threads);
+                            long q, long h, long d, float *out, int threads) {
+  pass<Bfloat16>(Q, q, V, q, out, q, h, d, threads, [&](const Between<Bfloat16> &here) {
+    for (long i = 0; i < q; i++) {
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const Lanes y = load(Y + here.begin + k, part);
+        store(here.w(i) + k, multiply(y, load(here.u(i) + k, part)), part);
+      }
+    }
+  });
 }
-void second_moment_int8(const int8_t *Q, const int8_t *V, const float *Y, const float *scales,
+
+// In 8 bits W is too coarse, since the Y differ much: what rounding leaves of it goes beside it.
+void second_moment_int8(const int8_t *Q, const int8_t *V, const float *Y, const float *V_scales,
                         long q, long h, long d, float *out, int threads) {
-  second_moment(Q, V, Y, scales, q, h, d, out, threads);
+  pass<Int8>(Q, q, V, 2 * q, out, q, h, d, threads, [&](const Between<Int8> &here) {
+    alignas(64) float w[MOST_CHUNK], y[MOST_CHUNK];
+    for (long k = 0; k < here.count; k += LANES) {
+      const Part part = first(here.count - k);
+      const Lanes scale = load(V_scales + here.begin + k, part);
+      store(y + k, multiply(multiply(scale, scale), load(Y + here.begin + k, part)), part);
+    }
+    for (long i = 0; i < q; i++) {
+      Lanes largest = all(0);
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const Lanes wide = multiply(load(y + k, part), load(here.u(i) + k, part));
+        largest = larger(largest, size(wide));
+        store(w + k, wide, part);
+      }
+      const float most = largest_of(largest), scale = (most > 0 ? most : 1) / 127;
+      here.scales[i] = scale;
+      here.scales[q + i] = scale / 254; // half a step becomes 127
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const Lanes steps = multiply(load(w + k, part), all(1 / scale));
+        const Lanes whole = _mm512_roundscale_ps(steps, 0);
+        store(here.w(i) + k, whole, part);
+        store(here.w(q + i) + k, multiply(_mm512_sub_ps(steps, whole), all(254)), part);
+      }
+    }
+  });
 }
 }
 

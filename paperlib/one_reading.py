@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib import between_products, few_rows
+from paperlib import between_products, few_rows, matrix_units
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.compiled import call
 from paperlib.int8 import Int8Rows
-from paperlib.matrix_units import NAMES
 
 SOURCE = "one_reading.cpp"
 
@@ -25,16 +24,14 @@ def takes(
     A: Tensor | Int8Rows, V: Tensor | Int8Rows, activations: Given | TwoSlopes, outputs: int
 ) -> bool:
     """Whether there is a kernel for these arrays: for one output, in the formats of the units."""
-    in_int8 = isinstance(V, Int8Rows)
-    number = torch.float32 if in_int8 else V.dtype
-    return outputs == 1 and takes_pass(A, V) and between_products.reads(activations, number)
+    return outputs == 1 and takes_pass(A, V) and between_products.reads(activations, V.dtype)
 
 
 def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
     """Whether rows of A can go through V and back: both in one of the formats of the units."""
     if isinstance(V, Int8Rows):
         A, V = A.values, V.values
-    return few_rows.on_matrix_units(V.dtype) and few_rows.takes(A, V)
+    return matrix_units.multiply(V.dtype) and few_rows.takes(A, V)
 
 
 def add_product(
@@ -65,7 +62,7 @@ def add_product(
     scales = None
     if isinstance(V, Int8Rows):
         A, V, scales = A.values, V.values, V.scale
-    kernel, given = between_products.arguments(NAMES[V.dtype], activations)
+    kernel, given = between_products.arguments(few_rows.NAMES[V.dtype], activations)
     numbers = alpha.float().contiguous(), da.float().contiguous(), float(linear), scales
     sums = HX, Ha
     if HX.dtype != torch.float32:
@@ -125,12 +122,10 @@ def second_moment(Q: Tensor | Int8Rows, V: Tensor | Int8Rows, Y: Tensor) -> Tens
         V: (h, d), bfloat16 or in 8 bits. There, what goes back through it has 16.
         Y: (h,) float32.
     """
-    h, d = V.shape
-    found = torch.zeros(len(Q), d)
-    name, Y = NAMES[V.values.dtype if isinstance(V, Int8Rows) else V.dtype], Y.contiguous()
+    sizes, found, Y = (len(Q), *V.shape), torch.zeros(len(Q), V.shape[1]), Y.contiguous()
     if isinstance(V, Int8Rows):
-        scale, arrays = Q.scale[:, None], (Q.values.contiguous(), V.values, Y, V.scale)
-    else:
-        scale, arrays = 1.0, (Q.contiguous(), V, Y, None)
-    call(SOURCE, f"second_moment_{name}", *arrays, len(Q), h, d, found)
-    return found.mul_(scale)
+        arrays = Q.values.contiguous(), V.values, Y, V.scale
+        call(SOURCE, "second_moment_int8", *arrays, *sizes, found)
+        return found.mul_(Q.scale[:, None])
+    call(SOURCE, "second_moment_bfloat16", Q.contiguous(), V, Y, *sizes, found)
+    return found

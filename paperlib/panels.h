@@ -81,6 +81,11 @@ public:
     return step < full ? begin + step * ROW_BYTES : (const char *)end.get();
   }
   long apart(long step) const { return step < full ? d * sizeof(number) : ROW_BYTES; }
+  // Brings a step of a tile's rows into the order of a chunk, from whose row `row` on the panel is.
+  void put(Chunk<F> &chunk, long row, long step, int tile) const {
+    const char *rows = at(step) + tile * SIDE * apart(step);
+    chunk.put(rows, apart(step), row + tile * SIDE, step);
+  }
 
 private:
   Memory<number> end, few;
@@ -158,8 +163,7 @@ public:
     panel.open(V, rows);
     for (long b = 0; b < A.blocks; b += 2) {
       const auto keep = [&](long k, int tile) {
-        const char *rows = panel.at(k) + tile * SIDE * panel.apart(k);
-        if (chunk) chunk->put(rows, panel.apart(k), row + tile * SIDE, k);
+        if (chunk) panel.put(*chunk, row, k, tile);
       };
       const auto leave = [](long, int) {};
       if (b + 1 < A.blocks) {

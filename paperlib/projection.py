@@ -216,6 +216,7 @@ class Linearization:
         gradient = LongSum(*self.X.shape, device=self.X.device)
         square = torch.zeros(2, dtype=torch.float64, device=self.X.device)
         low = self.X.to(self.dtype)
+        linear = self.linear.T.to(self.dtype) if self.lift else None
         # Zero where another process holds the features.
         residual = torch.zeros_like(self.theta)
         for block in model.blocks(dtype=self.dtype):
@@ -224,7 +225,7 @@ class Linearization:
             inputs = self._kept.inputs(block, self.X) if slopes else None
             if inputs is not None:
                 E, back = one_reading.backward(
-                    self.linear.T.to(self.dtype),
+                    linear,
                     block.weights,
                     TwoSlopes(inputs, *slopes),
                     self.theta[0, part],

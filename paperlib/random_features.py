@@ -39,7 +39,7 @@ def tile_rows(
     device: torch.device, dtype: torch.dtype, d: int, block_rows: int, *, own: torch.dtype
 ) -> int:
     """Rows of V (p, d) of a tile in `dtype`, at most `block_rows`, for a model of dtype `own`."""
-    if device.type != "cpu" or (dtype in matrix_units.NAMES and matrix_units.available()):
+    if device.type != "cpu" or matrix_units.multiply(dtype):
         return block_rows
     rows = TILE_BYTES // (bytes_of(own, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
     rows = max(rows, LEAST_TILE_ROWS) * (INT8_ROWS if dtype == torch.int8 else 1)

@@ -143,7 +143,7 @@ def test_nothing_goes_back_as_zeros():
 
 def test_it_takes_nothing_where_its_own_source_does_not_compile(monkeypatch):
     U, given, *_ = problem(4, 50, torch.float32)
-    monkeypatch.setattr(between_products, "library", lambda name: None)
+    monkeypatch.setattr("paperlib.compiled.library", lambda name: None)
     assert not between_products.takes(U, given, 1)
 
 

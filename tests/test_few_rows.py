@@ -86,7 +86,7 @@ def test_nor_on_the_number_of_threads(dtype, threads):
         together = few_rows.combine(W, V)
     finally:
         torch.set_num_threads(1)
-    if dtype == torch.int8 or not few_rows.on_matrix_units(dtype):
+    if dtype == torch.int8 or not few_rows.matrix_units.multiply(dtype):
         assert torch.equal(together, combined)
     else:  # each thread sums over rows of its own
         assert error(together, combined.double()) < 1e-6
