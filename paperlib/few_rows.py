@@ -5,7 +5,8 @@ goes into bringing V, the large factor, into another order first, or into readin
 small for the memory; so products with one to a hundred candidates run at a third to two thirds of
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
 for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
-Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits.
+Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits, and from
+some dozen rows on those of `float32_parts.cpp` float32, as sums of three numbers of bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
 # The same where matrix units multiply.
 UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE = 64, 160, 0.5
 
+# From so many rows on, float32 in parts on matrix units is faster than whole in vector instructions.
+PARTS_LEAST_ROWS = 65
+
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)
 
@@ -39,7 +43,9 @@ def takes(A: Tensor, V: Tensor) -> bool:
         return False
     h, d = V.shape
     least, most, share = LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE
-    if matrix_units.multiply(V.dtype):
+    if in_parts(len(A), V.dtype):
+        least, share = UNITS_LEAST_DIMENSION, UNITS_ROWS_SHARE
+    elif matrix_units.multiply(V.dtype):
         least, most, share = UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE
     if d < least or len(A) > min(most, share * d):
         return False
@@ -52,6 +58,11 @@ def takes(A: Tensor, V: Tensor) -> bool:
     if V.dtype == torch.int8 and A.shape[1] > MOST_SHIFTED_TERMS:
         return False
     return available(V.dtype)
+
+
+def in_parts(rows: int, dtype: torch.dtype) -> bool:
+    """Whether matrix units multiply so many rows in float32, part by part."""
+    return dtype == torch.float32 and rows >= PARTS_LEAST_ROWS and matrix_units.available()
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
@@ -68,6 +79,8 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
     source = matrix_units.SOURCE if matrix_units.multiply(V.dtype) else SOURCE
+    if in_parts(len(A), V.dtype):
+        source = matrix_units.PARTS_SOURCE
     call(source, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 

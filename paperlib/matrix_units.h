@@ -20,17 +20,22 @@ constexpr int PANEL = 2 * SIDE;    // rows of V that are multiplied with A at on
 inline long parts_of(long count, long size) { return (count + size - 1) / size; }
 inline long rounded_up(long count, long size) { return parts_of(count, size) * size; }
 
+// The compiler does not know what the units read and write in memory.
+inline void settle() { __asm__ volatile("" ::: "memory"); }
+
 // The units as these products use them, and as they were before once it ends: the libraries of
 // torch have their own way with them.
 class Units {
 public:
   Units() {
     _tile_storeconfig(before);
+    settle();
     alignas(64) uint8_t tiles[64] = {1}; // palette; all eight tiles are full
     for (int k = 0; k < 8; k++) {
       tiles[16 + 2 * k] = ROW_BYTES;
       tiles[48 + k] = SIDE;
     }
+    settle();
     _tile_loadconfig(tiles);
   }
   ~Units() { _tile_loadconfig(before); }
@@ -91,9 +96,6 @@ inline Lanes in_float32(const int32_t *sums) {
 inline Register first_bytes(const void *p, long count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, p);
 }
-
-// The compiler does not know what the units read and write in memory.
-inline void settle() { __asm__ volatile("" ::: "memory"); }
 
 // The sums of LEFT by RIGHT tiles, to which products are added. Left tiles are rows that lie
 // `apart` bytes from one another, right ones lie as they are used, a kilobyte each.

@@ -3,6 +3,9 @@
 They multiply bfloat16 some ten times as fast as vector instructions do, and whole numbers of 8 bits
 twenty times: for up to a hundred candidates, about as fast as the memory gives V. `few_rows.py` has
 products with V by them, `one_reading.py` a whole Gauss-Newton product.
+
+In float32 they multiply parts: a number is the sum of three of bfloat16, and six products of those
+are the one of float32, for which vector instructions take about twice as long.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from paperlib.compiled import has, library
 from paperlib.instructions import matrix_units
 
-SOURCE = "matrix_units.cpp"
+SOURCE, PARTS_SOURCE = "matrix_units.cpp", "float32_parts.cpp"
 
 FORMATS = torch.bfloat16, torch.int8
 
@@ -28,4 +31,4 @@ def multiply(dtype: torch.dtype) -> bool:
 def available() -> bool:
     """Whether this processor has such units, the system lets us use them and a compiler can."""
     units = matrix_units(torch.device("cpu")) and has(SOURCE, "allowed")
-    return units and library(SOURCE).allowed() == 1
+    return units and library(SOURCE).allowed() == 1 and has(PARTS_SOURCE, "project_float32")

@@ -21,6 +21,9 @@ AVAILABLE = [dtype for dtype in TOLERANCES if few_rows.available(dtype)]
 # What an older processor would compile.
 OLDER = [("-mno-avx512f", torch.float32)] if fast_kernels(torch.device("cpu")) else []
 
+# float32 on matrix units.
+IN_PARTS = [("in parts", torch.float32)] if few_rows.matrix_units.available() else []
+
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 and a C++ compiler")
 
 # (rows of A, rows of V, d): every remainder of blocks, panels, strips and chunks of rows.
@@ -28,10 +31,12 @@ SHAPES = [(m, 4 * m + 1, 40 + m) for m in range(1, 31)]
 SHAPES += [(3, 700, 512), (31, 257, 640), (14, 1025, 65), (1, 2049, 31), (140, 300, 97)]
 
 
-@pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER, ids=str)
-def dtype(request, compile_with):
+@pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER + IN_PARTS, ids=str)
+def dtype(request, compile_with, monkeypatch):
     flags, dtype = request.param
-    compile_with(flags)
+    in_parts = flags == "in parts"
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1 if in_parts else 1000)
+    compile_with("" if in_parts else flags)
     return dtype
 
 
@@ -123,7 +128,8 @@ def test_left_factors_may_lie_anyhow(dtype):
     assert torch.equal(few_rows.combine(torch.cat([W, W], 1)[:, :300], V), few_rows.combine(W, V))
 
 
-def test_they_take_what_they_are_faster_for_and_can_do():
+def test_they_take_what_they_are_faster_for_and_can_do(monkeypatch):
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1000)
     d, h = LEAST_DIMENSION, WORTHWHILE // LEAST_DIMENSION + 1
     A, W, V = factors(torch.float32, 3, h, d)
     takes = few_rows.takes
@@ -141,6 +147,34 @@ def test_they_take_what_they_are_faster_for_and_can_do():
     with torch.no_grad():
         assert takes(A.clone().requires_grad_(), V)
     assert not takes(A.to("meta"), V.to("meta"))
+
+
+@pytest.mark.skipif(not IN_PARTS, reason="no matrix units")
+def test_parts_of_float32_are_whole(monkeypatch):
+    """Every digit counts, however far apart the sizes of numbers are, and whatever their signs."""
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1)
+    sizes = 2.0 ** torch.arange(-60, 60, dtype=torch.float64)
+    numbers = ((1 + torch.rand(120, dtype=torch.float64)) * sizes).float()
+    numbers[::2] *= -1
+    ones = torch.eye(120)
+    assert torch.equal(few_rows.project(torch.diag(numbers), ones), torch.diag(numbers))
+    assert torch.equal(few_rows.combine(torch.diag(numbers), ones), torch.diag(numbers))
+    assert torch.equal(few_rows.project(ones, torch.diag(numbers)), torch.diag(numbers))
+    assert torch.equal(few_rows.combine(ones, torch.diag(numbers)), torch.diag(numbers))
+
+
+@pytest.mark.skipif(not IN_PARTS, reason="no matrix units")
+def test_they_take_more_rows_of_float32_in_parts(monkeypatch):
+    few, many = few_rows.PARTS_LEAST_ROWS - 1, few_rows.PARTS_LEAST_ROWS
+    V = torch.randn(1000, 2 * many)
+    assert few_rows.takes(V[:many], V) and not few_rows.takes(V[:few], V)
+    assert not few_rows.takes(V[: many + 1], V)
+    assert not few_rows.takes(V[:many].double(), V.double())
+    used = []
+    monkeypatch.setattr(few_rows, "call", lambda source, *arguments: used.append(source))
+    for rows in (few, many):
+        few_rows.project(V[:rows], V)
+    assert used == [few_rows.SOURCE, few_rows.matrix_units.PARTS_SOURCE]
 
 
 def test_matrix_units_that_no_compiler_knows_are_left_to_the_libraries(monkeypatch):

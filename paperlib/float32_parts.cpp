@@ -1,0 +1,194 @@
+// The products of `few_rows.cpp` in float32, for some dozen rows and more, on matrix units that
+// multiply bfloat16. `matrix_units.py` compiles this file and says what it is for.
+//
+// V is taken piece by piece: 32 of its rows for A V^T, 32 of its columns for W V, and of these as
+// many steps along the sums as stay in the first cache in parts. While the last of the few rows are
+// multiplied with a piece the next one takes its place, step by step, and the one after that is
+// asked for.
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
+
+#include <omp.h>
+
+#include "float32_parts.h"
+
+namespace {
+
+constexpr int LINES = 8;                   // that are split at once, ..
+constexpr int TURNS = 2 * SIDE / LINES;    // .. of a step
+constexpr long TOTALS_BYTES = 128 << 10;   // of pieces that are summed together
+
+// GCC takes calls of a function that does nothing but `_mm_prefetch` for idle, and leaves them out.
+inline void prefetch(const void *p) { __asm__ volatile("prefetcht1 (%0)" ::"r"(p)); }
+
+// V as left tiles, its rows across the sums, or as right ones, its columns across them.
+template <bool LEFT> class Pieces {
+public:
+  const long count;
+
+  Pieces(const float *V, long h, long d)
+      : count(parts_of(LEFT ? h : d, WIDTH)), V(V), h(h), d(d) {}
+
+  // Splits LINES of a step: 32 numbers of a row each, or 16 of two rows.
+  void split_lines(long piece, long run, int step, int turn, int32_t *to) const {
+    const long along = (run * RUN + step) * NUMBERS, across = piece * WIDTH;
+    const int k = turn * LINES;
+    to += k * SIDE;
+    if (along + NUMBERS <= (LEFT ? d : h) && across + WIDTH <= (LEFT ? h : d)) {
+      const float *from = V + (LEFT ? (across + k) * d + along
+                                    : (along + k % SIDE) * d + across + k / SIDE * SIDE);
+      const long beside = LEFT ? SIDE : SIDE * d;
+      UNROLL for (int i = 0; i < LINES; i++, from += d, to += SIDE) {
+        split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + beside), to);
+      }
+      return;
+    }
+    for (int i = k; i < k + LINES; i++, to += SIDE) split_at_the_end(along, across, i, to);
+  }
+  void ask(long piece, long run, int step, int turn) const {
+    const long along = (run * RUN + step) * NUMBERS, across = piece * WIDTH;
+    const int k = turn * LINES;
+    const float *from = V + (LEFT ? (across + k) * d + along : (along + k) * d + across);
+    UNROLL for (int i = 0; i < LINES; i++, from += d) {
+      prefetch(from);
+      prefetch(from + SIDE);
+    }
+  }
+
+private:
+  // Numbers beyond the ends are zeros; rows are any, since they meet zeros or nobody asks for them.
+  void split_at_the_end(long along, long across, int line, int32_t *to) const {
+    const auto row = [&](long k) { return V + std::min(k, h - 1) * d; };
+    const auto part = [&](long column) { return first(std::max<long>(0, d - column)); };
+    if (LEFT) {
+      const float *from = row(across + line) + along;
+      split(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
+    } else {
+      const long column = across + line / SIDE * SIDE, k = along + line % SIDE;
+      split(load(row(k) + column, part(column)), load(row(k + SIDE) + column, part(column)), to);
+    }
+  }
+
+  const float *V;
+  const long h, d;
+};
+
+// A piece for a run; pieces are taken in groups.
+struct Place {
+  long group, run, piece;
+};
+
+// Multiplies the few rows with this thread's share of the pieces. `finish(piece, totals)` gets the
+// sums of each, four tiles for a pair of tiles of the few rows.
+template <bool V_LEFT, class Finish>
+void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finish) {
+  const long me = omp_get_thread_num(), threads = omp_get_num_threads();
+  const long begin = me * V.count / threads, end = (me + 1) * V.count / threads;
+  const long sums = rows.pairs * 4 * TILE; // of a piece
+  const long together = std::max<long>(1, TOTALS_BYTES / (sums * sizeof(float)));
+  const auto last = [&](Place at) { return std::min(end, at.group + together) - 1; };
+  const auto after = [&](Place at) -> Place {
+    if (at.piece < last(at)) return {at.group, at.run, at.piece + 1};
+    if (at.run < rows.runs - 1) return {at.group, at.run + 1, at.group};
+    return {at.group + together, 0, at.group + together};
+  };
+  const auto steps_of = [&](Place at) { return at.group < end ? rows.steps_of(at.run) : 0; };
+
+  // The steps of a piece in a ring, with room for one of the next.
+  constexpr int RING = RUN + 1;
+  auto ring = allocate<int32_t>(RING * PAIR);
+  const auto in_ring = [&](int start, int k) { return ring.get() + (start + k) % RING * PAIR; };
+  auto totals = allocate<float>(together * sums);
+  Place now{begin, 0, begin};
+  for (int k = 0; k < steps_of(now); k++) {
+    for (int turn = 0; turn < TURNS; turn++) V.split_lines(begin, 0, k, turn, in_ring(0, k));
+  }
+  for (int start = 0; now.group < end;) {
+    const Place next = after(now), later = after(next);
+    const int steps = steps_of(now), brought = steps_of(next), asked = steps_of(later);
+    const int then = (start + RUN) % RING;
+    const auto bring = [&](int k, int turn) {
+      if (k < brought) V.split_lines(next.piece, next.run, k, turn, in_ring(then, k));
+      if (k < asked) V.ask(later.piece, later.run, k, turn);
+    };
+    const auto beside = [&](int k, int slot) {
+      if (slot < TURNS) bring(k, slot);
+    };
+    const auto idle = [](int, int) {};
+    const auto piece = [&](int k) { return in_ring(start, k); };
+    float *to = totals.get() + (now.piece - now.group) * sums;
+    if (now.run == 0) std::memset(to, 0, sums * sizeof(float));
+    for (long pair = 0; pair < rows.pairs; pair++, to += 4 * TILE) {
+      const auto few = [&, at = rows.at(now.run, pair)](int k) { return at + k * PAIR; };
+      const bool two = rows.two_tiles(pair), end_of_rows = pair == rows.pairs - 1;
+      if constexpr (V_LEFT) {
+        !end_of_rows ? add_steps<2, 2>(piece, few, steps, to, idle)
+        : two        ? add_steps<2, 2>(piece, few, steps, to, beside)
+                     : add_steps<2, 1>(piece, few, steps, to, beside);
+      } else {
+        !end_of_rows ? add_steps<2, 2>(few, piece, steps, to, idle)
+        : two        ? add_steps<2, 2>(few, piece, steps, to, beside)
+                     : add_steps<1, 2>(few, piece, steps, to, beside);
+      }
+    }
+    for (int k = steps; k < brought; k++) {
+      for (int turn = 0; turn < TURNS; turn++) bring(k, turn);
+    }
+    if (now.run == rows.runs - 1 && now.piece == last(now)) {
+      for (long k = now.group; k <= now.piece; k++) finish(k, totals.get() + (k - now.group) * sums);
+    }
+    now = next, start = then;
+  }
+}
+
+} // namespace
+
+// Sizes: A (m, d), W (m, h), V (h, d).
+extern "C" {
+void project_float32(const float *A, const float *V, float *out, long m, long h, long d,
+                     int threads) {
+  FewRows<true> rows(m, d);
+  const Pieces<true> pieces(V, h, d);
+#pragma omp parallel num_threads(threads)
+  {
+    rows.fill(A);
+    Units units;
+    multiply(rows, pieces, [&](long piece, const float *totals) {
+      const long begin = piece * WIDTH;
+      for (long i = 0; i < m; i += SIDE) {
+        const float *tile = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * TILE;
+        for (long k = begin; k < std::min(h, begin + WIDTH); k += SIDE, tile += 2 * TILE) {
+          Lanes columns[SIDE];
+          transpose(tile, columns);
+          for (long j = i; j < std::min(m, i + SIDE); j++) {
+            store(out + j * h + k, columns[j - i], first(h - k));
+          }
+        }
+      }
+    });
+  }
+}
+
+void combine_float32(const float *W, const float *V, float *out, long m, long h, long d,
+                     int threads) {
+  FewRows<false> rows(m, h);
+  const Pieces<false> pieces(V, h, d);
+#pragma omp parallel num_threads(threads)
+  {
+    rows.fill(W);
+    Units units;
+    multiply(rows, pieces, [&](long piece, const float *totals) {
+      const long begin = piece * WIDTH;
+      for (long i = 0; i < m; i++) {
+        const float *line = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * 2 * TILE;
+        line += i % SIDE * SIDE;
+        for (long k = begin; k < std::min(d, begin + WIDTH); k += SIDE, line += TILE) {
+          store(out + i * d + k, _mm512_load_ps(line), first(d - k));
+        }
+      }
+    });
+  }
+}
+}
+
+#endif

@@ -1,0 +1,130 @@
+// float32 on matrix units that multiply bfloat16: a number is the sum of three of those.
+//
+// Cut off after 8 digits, x leaves a remainder that is exact, and so does that one; the 8 digits
+// after those are the last there are. Of the nine products of the parts of two numbers the three
+// smallest are below the rounding of float32, and left out.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "aligned_memory.h"
+#include "matrix_units.h"
+#include "transpose.h"
+
+namespace {
+
+constexpr int PARTS = 3;
+constexpr int SLOTS = PARTS * (PARTS + 1) / 2; // products of parts that are made
+constexpr int WIDTH = 2 * SIDE;                // of two tiles side by side
+constexpr int PAIR = 2 * PARTS * TILE;         // those two, part by part
+constexpr int NUMBERS = STEP<Bfloat16>;        // in a step along the sums
+constexpr int RUN = 3;                         // steps for which a piece of V is at hand
+
+// ---- parts
+
+inline Lanes leading_digits(Lanes a) {
+  const Register mask = broadcast(0xffff0000);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), mask));
+}
+// Those of a and of b, as bfloat16 in the lower and the upper halves of the lanes.
+inline Register side_by_side(Lanes a, Lanes b) {
+  alignas(64) static constexpr uint16_t UPPER_HALVES[32] = {
+      1,  33, 3,  35, 5,  37, 7,  39, 9,  41, 11, 43, 13, 45, 15, 47,
+      17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
+  const Register halves = _mm512_load_si512(UPPER_HALVES);
+  return _mm512_permutex2var_epi16(_mm512_castps_si512(a), halves, _mm512_castps_si512(b));
+}
+// A line of the parts of a tile: 16 numbers, each beside one that is summed with it.
+inline void split(Lanes a, Lanes b, int32_t *to) {
+  UNROLL for (int part = 0; part < PARTS; part++, to += 2 * TILE) {
+    store(to, side_by_side(a, b));
+    a = _mm512_sub_ps(a, leading_digits(a));
+    b = _mm512_sub_ps(b, leading_digits(b));
+  }
+}
+
+// ---- products
+
+// Adds products over some steps to the sums of LEFT by RIGHT tiles. `left(k)` and `right(k)` are the
+// tiles of a step in parts; `beside(k, slot)` is called after each of its SLOTS.
+template <int LEFT, int RIGHT, class Left, class Right, class Beside>
+void add_steps(Left left, Right right, int steps, float *sums, Beside beside) {
+  // The intrinsics take the numbers of tiles as they are written.
+  const auto load_left = [](const int32_t *tiles) {
+    _tile_loadd(4, tiles, ROW_BYTES);
+    if constexpr (LEFT == 2) _tile_loadd(5, tiles + TILE, ROW_BYTES);
+  };
+  const auto load_right = [](const int32_t *tiles) {
+    _tile_loadd(6, tiles, ROW_BYTES);
+    if constexpr (RIGHT == 2) _tile_loadd(7, tiles + TILE, ROW_BYTES);
+  };
+  Sums<Bfloat16, LEFT, RIGHT>::read(sums, 2 * TILE);
+  for (int k = 0; k < steps; k++) {
+    const int32_t *a = left(k), *b = right(k);
+    int slot = 0;
+    UNROLL for (int i = 0; i < PARTS; i++) {
+      load_right(b + i * 2 * TILE);
+      UNROLL for (int j = 0; j < PARTS - i; j++) {
+        load_left(a + j * 2 * TILE);
+        Bfloat16::multiply<LEFT, RIGHT>();
+        beside(k, slot++);
+      }
+    }
+  }
+  Sums<Bfloat16, LEFT, RIGHT>::write(sums, 2 * TILE);
+}
+
+// ---- the factor of few rows
+
+// m rows of some length in parts: run by run, and there one pair of tiles after another. Right tiles
+// have them as columns.
+template <bool RIGHT> class FewRows {
+public:
+  const long m, length, pairs, steps, runs;
+
+  FewRows(long m, long length)
+      : m(m), length(length), pairs(parts_of(m, WIDTH)), steps(parts_of(length, NUMBERS)),
+        runs(parts_of(steps, RUN)), parts(allocate<int32_t>(pairs * steps * PAIR)) {}
+
+  int steps_of(long run) const { return std::min<long>(RUN, steps - run * RUN); }
+  bool two_tiles(long pair) const { return m - pair * WIDTH > SIDE; }
+  int32_t *at(long run, long pair) const {
+    return parts.get() + (run * RUN * pairs + pair * steps_of(run)) * PAIR;
+  }
+  // Called by all threads together.
+  void fill(const float *rows) {
+#pragma omp for schedule(static)
+    for (long step = 0; step < steps; step++) {
+      const long begin = step * NUMBERS, count = length - begin;
+      const Part low = first(count), high = first(std::max<long>(0, count - SIDE));
+      for (long i = 0; i < pairs * WIDTH; i += SIDE) {
+        alignas(64) int32_t lines[PAIR];
+        for (int k = 0; k < SIDE; k++) {
+          const float *row = rows + (i + k) * length + begin;
+          const bool there = i + k < m;
+          split(there ? load(row, low) : all(0), there ? load(row + SIDE, high) : all(0),
+                lines + k * SIDE);
+        }
+        int32_t *to = at(step / RUN, i / WIDTH) + step % RUN * PAIR + i % WIDTH / SIDE * TILE;
+        for (int part = 0; part < PARTS; part++) put(lines + part * 2 * TILE, to + part * 2 * TILE);
+      }
+    }
+  }
+
+private:
+  static void put(const int32_t *lines, int32_t *tile) {
+    if (!RIGHT) {
+      std::memcpy(tile, lines, TILE * sizeof(*tile));
+      return;
+    }
+    Lanes columns[SIDE];
+    transpose((const float *)lines, columns);
+    UNROLL for (int k = 0; k < SIDE; k++) store(tile + k * SIDE, _mm512_castps_si512(columns[k]));
+  }
+
+  Memory<int32_t> parts;
+};
+
+} // namespace
