@@ -5,8 +5,8 @@ goes into bringing V, the large factor, into another order first, or into readin
 small for the memory; so products with one to a hundred candidates run at a third to two thirds of
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
 for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
-Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits, and from
-some dozen rows on those of `float32_parts.cpp` float32, as sums of three numbers of bfloat16.
+Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits, and
+from some dozen rows on those of `float32_parts.cpp` float32, as sums of three of bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
 # The same where matrix units multiply.
 UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE = 64, 160, 0.5
 
-# From so many rows on, float32 in parts on matrix units is faster than whole in vector instructions.
+# From so many rows on, float32 is faster in parts on matrix units than whole without them.
 PARTS_LEAST_ROWS = 65
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
