@@ -105,7 +105,9 @@ class Linearization:
         gradient: -(1/2) ||Theta||^2 dL/dX = J_i^T E^T alpha_i, (n, d).
         slope_gram: tr(J_i^T J_j) / d, (n, n) float64; zeros where the preconditioner takes its
             expectation instead.
-        gram_inverse: (Phi P_perp(V) Phi^T)^-1, (n, n) float64.
+        gram: Phi P_perp(V) Phi^T, (n, n) float64.
+        gram_cutoff: relative size below which a direction of it counts as absent.
+        gram_inverse: its pseudo-inverse, (n, n) float64.
         residual: E, (C, p).
     """
 
@@ -180,9 +182,8 @@ class Linearization:
             gram = gram - cross @ self.cross_solved
             gram = 0.5 * (gram + gram.T)
         self.gram, self.rhs = gram, rhs
-        self.gram_inverse = pseudo_inverse(
-            gram, cutoff=GRAM_CUTOFF if exact is torch.float64 else 1e-6
-        )
+        self.gram_cutoff = GRAM_CUTOFF if exact is torch.float64 else 1e-6
+        self.gram_inverse = pseudo_inverse(gram, cutoff=self.gram_cutoff)
         self.alpha = self.gram_inverse @ rhs
         self.slope_gram = slope_gram
         self.linear = -(self.cross_solved @ self.alpha) if lift else None  # w, (d, C)
@@ -254,12 +255,6 @@ class Linearization:
         self.residual_square, self.total_square = square.tolist()
         self.gradient = gradient.to(self.X.dtype)
         self.loss = self.residual_square / self.total_square
-
-    def restricted_to(self, rows: Tensor) -> Linearization:
-        """The same at some of the candidates, a mask (n,) or indices: what the others leave."""
-        return Linearization(
-            self.model, self.theta, self.X[rows], lift=self.lift, dtype=self.dtype, keep=self.keep
-        )
 
     def forget_curvature(self) -> None:
         """Give up what only `product` needs: all that is as large as the features."""

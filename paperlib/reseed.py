@@ -15,6 +15,7 @@ from paperlib.elimination import least_useful
 from paperlib.feature_map import FeatureMap
 from paperlib.outlying_directions import outlying_directions
 from paperlib.projection import Linearization
+from paperlib.remainder import left_by
 from paperlib.sphere import random_on_sphere, to_sphere
 
 
@@ -34,7 +35,7 @@ def reseed_least_useful(point: Linearization, *, generator: torch.Generator) -> 
         fresh = random_on_sphere(1, model.d, generator=generator).to(X)
     else:
         # What this candidate explained so far is given back to the residual.
-        residual = point.restricted_to(others).residual
+        residual = left_by(point, others).residual
         fresh = spectral_direction(model, residual, generator=generator).to(X)
     moved = X.clone()
     moved[worst] = fresh[0]

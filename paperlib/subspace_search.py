@@ -27,6 +27,7 @@ from paperlib.memory import PRODUCTS, activation_bytes, bytes_of
 from paperlib.outlying_directions import outlying_directions
 from paperlib.precision import Formats, search_products
 from paperlib.projection import Linearization
+from paperlib.remainder import left_by
 from paperlib.sphere import random_on_sphere, to_sphere
 from paperlib.subspace import SubspaceFeatures
 
@@ -133,8 +134,8 @@ class SubspaceSearch:
         if not sure.any():
             directions = self._outlying(self.theta)
             return self._search(torch.cat([X, directions]), [X, directions])
-        rest = point.restricted_to(sure)
-        self.passes += rest.passes
+        rest = left_by(point, sure)
+        self.passes += 1
         directions = self._outlying(rest.residual)
         span = [X, directions]
         # The linear part of theta beside the candidates' own has to stay within reach.

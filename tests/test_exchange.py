@@ -128,7 +128,7 @@ def test_an_exchange_moves_one_candidate_or_two_and_repeats(outputs, known):
         stayed = (moved @ point.X.T / d > 1 - 1e-5).any(0)
         beside.add(n - int(stayed.sum()))
     assert beside == {1, 2} and set(settled) == {n - 1}
-    alone = Exchanges(point.restricted_to([0]), settle=settle, generator=generator()).next()
+    alone = Exchanges(settle(point.X[:1]), settle=settle, generator=generator()).next()
     assert alone.shape == (1, d) and not torch.equal(alone, point.X[:1])
 
 

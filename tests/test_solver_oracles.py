@@ -15,6 +15,7 @@ from paperlib.levenberg_marquardt import damped_step, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.preconditioner import Preconditioner
 from paperlib.projection import Linearization, pseudo_inverse
+from paperlib.remainder import left_by
 from paperlib.reseed import spectral_direction
 from paperlib.signs import settle_signs, within_box
 from paperlib.sphere import random_on_sphere, to_sphere, to_tangent
@@ -139,6 +140,23 @@ def test_loss_residual_and_coefficients_with_and_without_lift(lift):
     # The upper left block of the inverse of the whole Gram matrix.
     inverse = torch.linalg.inv(rows @ rows.T)[:3, :3]
     torch.testing.assert_close(point.gram_inverse, inverse, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("lift", [False, True])
+@pytest.mark.parametrize("C", [1, 2])
+def test_what_some_candidates_leave(lift, C):
+    point = linearized("relu+tanh", lift=lift, C=C)
+    rows = torch.arange(3) != 1
+    span = dense_span(point.model, point.X[rows], lift)
+    coefficients = point.theta @ torch.linalg.pinv(span)
+    for some in (rows, rows.nonzero()[:, 0]):
+        left = left_by(point, some)
+        torch.testing.assert_close(left.residual, off(point.theta, span), rtol=1e-9, atol=1e-12)
+        if lift:
+            linear = coefficients[:, 2:].T
+            torch.testing.assert_close(left.linear, linear, rtol=1e-8, atol=1e-11)
+        else:
+            assert left.linear is None
 
 
 @pytest.mark.parametrize("name", ["relu", "gelu"])
