@@ -31,9 +31,12 @@ SEARCH, MESSAGES = "search in a subspace", "message passing"
 # Most iterations of one start by message passing.
 ITERATIONS = 600
 
-# A descent between two searches ends when a step or two no longer halve the loss, and so does the
-# finish after them: all of its steps halve the loss, unless a sample is missing. Then it is looked
-# for before any more of them.
+# A descent between two searches ends when two steps no longer bring the loss below this share. A search
+# takes as long as two or three steps, and leads further from where more of them were made.
+BETWEEN = {"stall_steps": 2, "stall_ratio": 0.7}
+
+# The finish after them ends when two steps do not halve the loss: all of its steps do, unless a
+# sample is missing. Then it is looked for before any more of them.
 HALVED = 0.5
 IMPATIENT = {"stall_steps": 2, "stall_ratio": HALVED}
 
@@ -240,7 +243,7 @@ class Attempts(Stages):
                 SETTLED[self.bulk],
                 lifted=True,
                 exact=False,
-                **IMPATIENT,
+                **BETWEEN,
             )
             X = None
             since = 0 if best is None or point.loss < 0.9 * best.loss else since + 1
