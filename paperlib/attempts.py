@@ -31,8 +31,8 @@ SEARCH, MESSAGES = "search in a subspace", "message passing"
 # Most iterations of one start by message passing.
 ITERATIONS = 600
 
-# A descent between two searches ends when two steps no longer bring the loss below this share. A search
-# takes as long as two or three steps, and leads further from where more of them were made.
+# A descent between two searches ends when two steps no longer bring the loss below this share of
+# what it was. A search takes as long as two or three steps, and leads further after more of them.
 BETWEEN = {"stall_steps": 2, "stall_ratio": 0.7}
 
 # The finish after them ends when two steps do not halve the loss: all of its steps do, unless a
