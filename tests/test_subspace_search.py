@@ -16,6 +16,7 @@ from paperlib import (
     subspace_search,
 )
 from paperlib.activations import Activation
+from paperlib.elimination import doubtful_candidates
 from paperlib.given_features import GivenFeatures
 from paperlib.levenberg_marquardt import levenberg_marquardt
 from paperlib.lift import Lift
@@ -26,6 +27,7 @@ from paperlib.outlying_directions import (
     outlying_directions,
 )
 from paperlib.projection import Linearization
+from paperlib.remainder import left_by
 from paperlib.sphere import random_on_sphere
 from paperlib.subspace import SubspaceFeatures
 from paperlib.subspace_search import (
@@ -220,6 +222,22 @@ def test_a_missing_sample_is_found_from_what_the_others_leave(lifted):
     before = float((X @ missing / 40).abs().max())
     assert float((found @ missing / 40).abs().max()) > 0.9 > before
     assert search.passes > 0
+
+
+def test_directions_are_sought_in_what_the_sure_candidates_leave(monkeypatch):
+    model, theta, data = problem(5, 40, 8.0)
+    lift = Lift(model, theta, dtype=model.dtype)
+    faintest = int(Linearization(model, lift.theta, data.X, lift=lift).alpha.abs().argmin())
+    X = data.X.clone()
+    X[faintest] = random_on_sphere(1, 40, generator=generator(3)).double()
+    point = Linearization(model, lift.theta, X, lift=lift, curvature=True)
+    sure = ~doubtful_candidates(point)
+    assert 0 < sure.sum() < 5 and not sure[faintest]
+    search, asked = search_of(model, theta, 5, lift=lift), []
+    sought = search._outlying
+    monkeypatch.setattr(search, "_outlying", lambda Y: asked.append(Y) or sought(Y))
+    search.next(point)
+    assert [Y.tolist() for Y in asked] == [left_by(point, sure).residual.tolist()]
 
 
 def test_candidates_that_explain_nothing_are_no_obstacle():
