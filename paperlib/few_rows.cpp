@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "aligned_memory.h"
+#include "product_functions.h"
 
 #ifdef __AVX512F__
 #include "few_rows_avx512.h"
@@ -261,15 +262,6 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
 
 // Sizes: A (m, d), W (m, h), V (h, d); what is returned is float32, but A V^T of bfloat16.
 extern "C" {
-#define PRODUCTS(name, Format, Projected)                                                          \
-  void project_##name(const Format::number *A, const Format::number *V, Projected *out, long m,    \
-                      long h, long d, int threads) {                                               \
-    project<Format>(A, V, out, m, h, d, threads);                                                  \
-  }                                                                                                \
-  void combine_##name(const Format::number *W, const Format::number *V, float *out, long m,        \
-                      long h, long d, int threads) {                                               \
-    combine<Format>(W, V, out, m, h, d, threads);                                                  \
-  }
 PRODUCTS(float32, Float32, float)
 #ifdef __AVX512BF16__
 PRODUCTS(bfloat16, Bfloat16, uint16_t)

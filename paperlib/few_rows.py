@@ -78,9 +78,11 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    source = matrix_units.SOURCE if matrix_units.multiply(V.dtype) else SOURCE
+    source = SOURCE
     if in_parts(len(A), V.dtype):
         source = matrix_units.PARTS_SOURCE
+    elif matrix_units.multiply(V.dtype):
+        source = matrix_units.SOURCE
     call(source, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
     return out
 

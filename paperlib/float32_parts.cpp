@@ -141,53 +141,53 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finis
   }
 }
 
+// The same on all threads, for few rows as they lie.
+template <bool V_LEFT, class Finish>
+void multiply(const float *few, const float *V, long m, long h, long d, int threads,
+              Finish finish) {
+  FewRows<V_LEFT> rows(m, V_LEFT ? d : h);
+  const Pieces<V_LEFT> pieces(V, h, d);
+#pragma omp parallel num_threads(threads)
+  {
+    rows.fill(few);
+    Units units;
+    multiply(rows, pieces, finish);
+  }
+}
+
 } // namespace
 
 // Sizes: A (m, d), W (m, h), V (h, d).
 extern "C" {
 void project_float32(const float *A, const float *V, float *out, long m, long h, long d,
                      int threads) {
-  FewRows<true> rows(m, d);
-  const Pieces<true> pieces(V, h, d);
-#pragma omp parallel num_threads(threads)
-  {
-    rows.fill(A);
-    Units units;
-    multiply(rows, pieces, [&](long piece, const float *totals) {
-      const long begin = piece * WIDTH;
-      for (long i = 0; i < m; i += SIDE) {
-        const float *tile = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * TILE;
-        for (long k = begin; k < std::min(h, begin + WIDTH); k += SIDE, tile += 2 * TILE) {
-          Lanes columns[SIDE];
-          transpose(tile, columns);
-          for (long j = i; j < std::min(m, i + SIDE); j++) {
-            store(out + j * h + k, columns[j - i], first(h - k));
-          }
+  multiply<true>(A, V, m, h, d, threads, [&](long piece, const float *totals) {
+    const long begin = piece * WIDTH;
+    for (long i = 0; i < m; i += SIDE) {
+      const float *tile = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * TILE;
+      for (long k = begin; k < std::min(h, begin + WIDTH); k += SIDE, tile += 2 * TILE) {
+        Lanes columns[SIDE];
+        transpose(tile, columns);
+        for (long j = i; j < std::min(m, i + SIDE); j++) {
+          store(out + j * h + k, columns[j - i], first(h - k));
         }
       }
-    });
-  }
+    }
+  });
 }
 
 void combine_float32(const float *W, const float *V, float *out, long m, long h, long d,
                      int threads) {
-  FewRows<false> rows(m, h);
-  const Pieces<false> pieces(V, h, d);
-#pragma omp parallel num_threads(threads)
-  {
-    rows.fill(W);
-    Units units;
-    multiply(rows, pieces, [&](long piece, const float *totals) {
-      const long begin = piece * WIDTH;
-      for (long i = 0; i < m; i++) {
-        const float *line = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * 2 * TILE;
-        line += i % SIDE * SIDE;
-        for (long k = begin; k < std::min(d, begin + WIDTH); k += SIDE, line += TILE) {
-          store(out + i * d + k, _mm512_load_ps(line), first(d - k));
-        }
+  multiply<false>(W, V, m, h, d, threads, [&](long piece, const float *totals) {
+    const long begin = piece * WIDTH;
+    for (long i = 0; i < m; i++) {
+      const float *line = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * 2 * TILE;
+      line += i % SIDE * SIDE;
+      for (long k = begin; k < std::min(d, begin + WIDTH); k += SIDE, line += TILE) {
+        store(out + i * d + k, _mm512_load_ps(line), first(d - k));
       }
-    });
-  }
+    }
+  });
 }
 }
 

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "combination.h"
+#include "product_functions.h"
 
 namespace {
 
@@ -58,15 +59,6 @@ int allowed(int) {
 }
 
 // Sizes: A (m, d), W (m, h), V (h, d). What is returned is float32, but A V^T of bfloat16.
-#define PRODUCTS(name, Format, Projected)                                                          \
-  void project_##name(const Format::number *A, const Format::number *V, Projected *out, long m,    \
-                      long h, long d, int threads) {                                               \
-    project<Format>(A, V, out, m, h, d, threads);                                                  \
-  }                                                                                                \
-  void combine_##name(const Format::number *W, const Format::number *V, float *out, long m,        \
-                      long h, long d, int threads) {                                               \
-    combine<Format>(W, V, out, m, h, d, threads);                                                  \
-  }
 PRODUCTS(bfloat16, Bfloat16, Bfloat16Number)
 PRODUCTS(int8, Int8, float)
 }

@@ -38,6 +38,7 @@ def left_by(point: Linearization, rows: Tensor) -> Remainder:
     gram = point.gram[rows][:, rows]
     alpha = pseudo_inverse(gram, cutoff=point.gram_cutoff) @ point.rhs[rows]
     linear = None if point.lift is None else -(point.cross_solved[:, rows] @ alpha)
+    weights = alpha.T.to(theta)
     # The linear part goes through V with the candidates.
     sent = X if linear is None else torch.cat([X, linear.T.to(X)])
     residual = torch.zeros_like(theta)  # zero where another process holds the features
@@ -48,7 +49,7 @@ def left_by(point: Linearization, rows: Tensor) -> Remainder:
         else:
             U = block.project(sent)
             features, _ = block.activate(U[: len(X)], lifted=True)
-        residual[:, part] = theta[:, part] - alpha.T.to(theta) @ features.to(theta)
+        residual[:, part] = theta[:, part] - weights @ features.to(theta)
         if linear is not None:
             residual[:, part] -= U[len(X) :].to(theta)
     return Remainder(residual, linear)
