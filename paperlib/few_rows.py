@@ -12,6 +12,7 @@ from some dozen rows on those of `float32_parts.cpp` float32, as sums of three o
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,23 @@ from paperlib.instructions import bfloat16_units, vector_instructions
 
 SOURCE = "few_rows.cpp"
 
-# From this dimension on, up to so many rows, no more than this share of the dimension, and from so
-# many multiplications on they are faster than the libraries.
-LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE, WORTHWHILE = 256, 256, 0.25, 1_000_000
-# The same where matrix units multiply.
-UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE = 64, 160, 0.5
+
+class Bounds(NamedTuple):
+    """What kernels are faster for."""
+
+    least_dimension: int
+    most_rows: int
+    share: float  # of the dimension, that there may be rows
+
+
+# Where kernels are faster than the libraries, by the file that has them.
+BOUNDS = {
+    SOURCE: Bounds(256, 256, 0.25),
+    matrix_units.SOURCE: Bounds(64, 160, 0.5),
+    matrix_units.PARTS_SOURCE: Bounds(64, 256, 0.5),
+}
+# They are from so many multiplications on.
+WORTHWHILE = 1_000_000
 
 # From so many rows on, float32 is faster in parts on matrix units than whole without them.
 PARTS_LEAST_ROWS = 65
@@ -42,11 +55,7 @@ def takes(A: Tensor, V: Tensor) -> bool:
     if V.device.type != "cpu" or A.dtype != V.dtype:
         return False
     h, d = V.shape
-    least, most, share = LEAST_DIMENSION, MOST_ROWS, ROWS_SHARE
-    if in_parts(len(A), V.dtype):
-        least, share = UNITS_LEAST_DIMENSION, UNITS_ROWS_SHARE
-    elif matrix_units.multiply(V.dtype):
-        least, most, share = UNITS_LEAST_DIMENSION, UNITS_MOST_ROWS, UNITS_ROWS_SHARE
+    least, most, share = BOUNDS[source(len(A), V.dtype)]
     if d < least or len(A) > min(most, share * d):
         return False
     if len(A) * h * d < WORTHWHILE:
@@ -60,9 +69,11 @@ def takes(A: Tensor, V: Tensor) -> bool:
     return available(V.dtype)
 
 
-def in_parts(rows: int, dtype: torch.dtype) -> bool:
-    """Whether matrix units multiply so many rows in float32, part by part."""
-    return dtype == torch.float32 and rows >= PARTS_LEAST_ROWS and matrix_units.available()
+def source(rows: int, dtype: torch.dtype) -> str:
+    """The file whose kernels multiply so many rows of that dtype, where there are any."""
+    if dtype == torch.float32 and rows >= PARTS_LEAST_ROWS and matrix_units.available():
+        return matrix_units.PARTS_SOURCE
+    return matrix_units.SOURCE if matrix_units.multiply(dtype) else SOURCE
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
@@ -78,12 +89,8 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
-    source = SOURCE
-    if in_parts(len(A), V.dtype):
-        source = matrix_units.PARTS_SOURCE
-    elif matrix_units.multiply(V.dtype):
-        source = matrix_units.SOURCE
-    call(source, f"{product}_{NAMES[V.dtype]}", A, V, out, len(A), *V.shape)
+    name = f"{product}_{NAMES[V.dtype]}"
+    call(source(len(A), V.dtype), name, A, V, out, len(A), *V.shape)
     return out
 
 

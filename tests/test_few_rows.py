@@ -5,13 +5,7 @@ import torch
 
 import paperlib
 from paperlib import few_rows
-from paperlib.few_rows import (
-    LEAST_DIMENSION,
-    MOST_ROWS,
-    MOST_SHIFTED_TERMS,
-    ROWS_SHARE,
-    WORTHWHILE,
-)
+from paperlib.few_rows import BOUNDS, MOST_SHIFTED_TERMS, SOURCE, WORTHWHILE
 from paperlib.instructions import fast_kernels
 
 # bfloat16 is 1.7e-3 when numbers are rounded to the nearest, twice that when they are cut off.
@@ -130,7 +124,8 @@ def test_left_factors_may_lie_anyhow(dtype):
 
 def test_they_take_what_they_are_faster_for_and_can_do(monkeypatch):
     monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1000)
-    d, h = LEAST_DIMENSION, WORTHWHILE // LEAST_DIMENSION + 1
+    d, most, share = BOUNDS[SOURCE]
+    h = WORTHWHILE // d + 1
     A, W, V = factors(torch.float32, 3, h, d)
     takes = few_rows.takes
     assert takes(A, V) and takes(W, V)
@@ -138,11 +133,11 @@ def test_they_take_what_they_are_faster_for_and_can_do(monkeypatch):
     assert not takes(A, V.half().float().T.contiguous().T)  # columns are not rows
     assert not takes(A[:, 1:].contiguous(), V[:, 1:].contiguous())
     assert not takes(A[:1], V[: h // 2])
-    rows = int(ROWS_SHARE * d)
+    rows = int(share * d)
     assert takes(A[:1].expand(rows, -1), V) and not takes(A[:1].expand(rows + 1, -1), V)
     wide = V[:1].expand(h, -1).repeat(1, 8)
-    rows = wide[:1].expand(MOST_ROWS, -1)
-    assert takes(rows, wide) and not takes(rows[:1].expand(MOST_ROWS + 1, -1), wide)
+    rows = wide[:1].expand(most, -1)
+    assert takes(rows, wide) and not takes(rows[:1].expand(most + 1, -1), wide)
     assert not takes(A.clone().requires_grad_(), V)
     with torch.no_grad():
         assert takes(A.clone().requires_grad_(), V)
@@ -174,7 +169,7 @@ def test_they_take_more_rows_of_float32_in_parts(monkeypatch):
     monkeypatch.setattr(few_rows, "call", lambda source, *arguments: used.append(source))
     for rows in (few, many):
         few_rows.project(V[:rows], V)
-    assert used == [few_rows.SOURCE, few_rows.matrix_units.PARTS_SOURCE]
+    assert used == [SOURCE, few_rows.matrix_units.PARTS_SOURCE]
 
 
 def test_matrix_units_that_no_compiler_knows_are_left_to_the_libraries(monkeypatch):

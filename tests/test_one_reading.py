@@ -246,7 +246,7 @@ def test_directions_are_looked_for_by_it(dtype, monkeypatch):
 
 def test_matrix_units_are_for_fewer_dimensions_and_fewer_rows(monkeypatch):
     monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
-    least, most = few_rows.UNITS_LEAST_DIMENSION, few_rows.UNITS_MOST_ROWS
+    least, most, _ = few_rows.BOUNDS[few_rows.matrix_units.SOURCE]
     for d, rows in ((least, least // 2), (4 * most, most)):
         V = torch.ones(10, d, dtype=torch.bfloat16)
         A = V[:1].expand(rows + 1, -1)
