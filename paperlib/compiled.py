@@ -61,7 +61,7 @@ def library(name: str) -> ctypes.CDLL | None:
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             warnings.warn(
-                f"{shlex.join(command)} could not compile {name}, so products will be slower "
+                f"{shlex.join(command)} could not compile {name}, so attacks will be slower "
                 f"({SWITCH_VARIABLE}=0 does without):\n{said[-2000:]}",
                 RuntimeWarning,
                 stacklevel=2,

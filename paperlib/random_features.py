@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from paperlib import matrix_units
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
+from paperlib.gaussian_draws import fill
 from paperlib.int8 import Int8Rows
 from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.precision import arithmetic
 from paperlib.random_feature_block import RandomFeatureBlock
-from paperlib.streams import stream
+from paperlib.reused_memory import ReusedMemory
 
 # V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
 # so that it comes out the same whether it is resident, streamed or split over processes.
@@ -112,8 +112,13 @@ class RandomFeatures(FeatureMap):
         self._resident: dict[torch.dtype, list[Tensor | Int8Rows]] = {}
         self._planned: frozenset[torch.dtype] | None = None
 
-    def draw(self, start: int, stop: int) -> Tensor:
+    def draw(self, start: int, stop: int, *, memory: ReusedMemory | None = None) -> Tensor:
         """Rows start, .., stop - 1 of V, float32 on the CPU; `start` on a draw's boundary.
+
+        Args:
+            start: first row.
+            stop: row after the last.
+            memory: where to put them.
 
         Raises:
             ValueError: for a start that is no multiple of `ROWS_PER_DRAW`.
@@ -121,15 +126,10 @@ class RandomFeatures(FeatureMap):
         if start % ROWS_PER_DRAW:
             raise ValueError(f"rows are drawn from multiples of {ROWS_PER_DRAW}, got {start}")
         draws = -(-(stop - start) // ROWS_PER_DRAW)
-        rows = torch.empty(draws, ROWS_PER_DRAW, self.d, dtype=torch.float32, device="cpu")
-
-        def fill(k: int) -> None:
-            generator = stream("V", self.seed, index=start // ROWS_PER_DRAW + k)
-            rows[k].normal_(std=self.d**-0.5, generator=generator)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(fill, range(draws)))
-        return rows.flatten(0, 1)[: stop - start]
+        memory = ReusedMemory() if memory is None else memory
+        rows = memory.take(draws, ROWS_PER_DRAW * self.d)
+        fill(rows, "V", self.seed, first=start // ROWS_PER_DRAW, std=self.d**-0.5)
+        return rows.view(-1, self.d)[: stop - start]
 
     def _own_starts(self) -> range:
         """First rows of the blocks that this process holds: a range of neighbours."""
@@ -224,9 +224,10 @@ class RandomFeatures(FeatureMap):
         kept = self._resident.get(self.dtype)
         if kept is None and dtype == torch.int8:
             kept = self._resident.get(torch.float16)
+        memory = ReusedMemory()
         for k, start in enumerate(self.starts):
             if kept is None:
-                V = self.draw(start, min(start + self.block_rows, self.p))
+                V = self.draw(start, min(start + self.block_rows, self.p), memory=memory)
             else:
                 V = kept[k].to(self.dtype)
             V = V.to(self.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import paperlib
-from paperlib import compiled, few_rows, matrix_units
+from paperlib import compiled, few_rows, gaussian_draws, matrix_units
 
 # Small problems: threads cost more than they gain, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def faint_pair():
 @pytest.fixture
 def compile_with(monkeypatch):
     """flags -> None: the kernels are compiled with these flags besides until the test ends."""
-    cached = compiled.library, few_rows.available, matrix_units.available
+    cached = compiled.library, few_rows.available, gaussian_draws.available, matrix_units.available
 
     def use(flags):
         if flags:
