@@ -19,7 +19,7 @@ from paperlib.elimination import eliminate, removal_costs
 from paperlib.exchange import Exchanges
 from paperlib.law import numbers_per_unknown
 from paperlib.message_passing import MessagePassing
-from paperlib.precision import SETTLED
+from paperlib.precision import FEW_SAMPLES, SETTLED
 from paperlib.projection import Linearization
 from paperlib.sphere import random_on_sphere
 from paperlib.stages import PROMISING, Stages, stage_record
@@ -186,24 +186,33 @@ class Attempts(Stages):
         """Rounds of searches and descents, then the finish; see `_rounds`."""
         best = self._rounds(restart, X, fallback)
         self.eliminated = eliminate(best, self.n).losses
-        point = self._impatient_finish(best, restart)
+        X, loss = best.X, best.loss
         del best  # it holds V^T V, which is made anew in float32
-        return self._concluded(self._sharpened(point, restart), restart, gave_up=True)
+        point = None
+        # Of many samples some are missing then: a finish would only tell so.
+        if self.n > FEW_SAMPLES and loss > SETTLED[self.bulk]:
+            point = self._sharpened(X, loss, restart)
+        if point is None:
+            point = self._impatient_finish(X, loss, restart)
+            point = self._sharpened(point.X, point.loss, restart) or point
+        return self._concluded(point, restart, gave_up=True)
 
-    def _impatient_finish(self, best: Linearization, restart: int) -> Linearization:
-        if best.loss > PROMISING:
-            return self._finish(best.X, restart, brief=True)
-        return self._finish(best.X, restart, **IMPATIENT)
+    def _impatient_finish(self, X: Tensor, loss: float, restart: int) -> Linearization:
+        if loss > PROMISING:
+            return self._finish(X, restart, brief=True)
+        return self._finish(X, restart, **IMPATIENT)
 
-    def _sharpened(self, point: Linearization, restart: int) -> Linearization:
+    def _sharpened(self, X: Tensor, loss: float, restart: int) -> Linearization | None:
         """The outcome of more rounds in float32, if those in bfloat16 left samples missing.
 
-        Their residual is below what bfloat16 can tell from its own rounding.
+        Their residual is below what bfloat16 can tell from its own rounding. None where nothing is
+        missing, too much is, or the memory allows no more digits.
         """
-        missing = self.bulk == torch.bfloat16 and self.tolerance < point.loss <= PROMISING
+        missing = self.bulk == torch.bfloat16 and self.tolerance < loss <= PROMISING
         if not (missing and self._sharpen()):
-            return point
-        return self._impatient_finish(self._rounds(restart, point.X), restart)
+            return None
+        best = self._rounds(restart, X)
+        return self._impatient_finish(best.X, best.loss, restart)
 
     def _sharpen(self) -> bool:
         """Go on in float32, if the memory allows; whether it does."""
@@ -339,7 +348,7 @@ class Attempts(Stages):
         else:
             point = self._finish(X, restart, **rule)
         if impatient:
-            point = self._sharpened(point, restart)
+            point = self._sharpened(point.X, point.loss, restart) or point
         if trial is not None and trial["loss"] < point.loss:
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)

@@ -81,7 +81,7 @@ def steps_of(solver, stage):
 def test_a_finish_that_misses_a_sample_gives_up_soon_and_looks_for_it(seed):
     solver, X = attempts(tiny=0.01, seed=seed)
     best = solver._evaluate(shared(X, seed=seed)[:-1], lifted=True, exact=False)
-    point = solver._impatient_finish(best, 0)
+    point = solver._impatient_finish(best.X, best.loss, 0)
     assert point.loss > solver.tolerance and len(solver.history) <= 10
     found = solver._concluded(point, 0, gave_up=True)
     assert found.loss <= solver.tolerance
@@ -97,7 +97,8 @@ def test_a_finish_that_gave_up_goes_on_where_no_sample_is_missing(monkeypatch):
     noise = torch.randn(solver.theta.shape, generator=generator, dtype=torch.float64)
     noise *= 0.01 * solver.theta.norm() / noise.norm()
     solver = second_order_solver(solver.model, solver.theta + noise, N, lift=True)
-    point = solver._impatient_finish(solver._evaluate(X, lifted=True, exact=False), 0)
+    begun = solver._evaluate(X, lifted=True, exact=False)
+    point = solver._impatient_finish(begun.X, begun.loss, 0)
     monkeypatch.setattr(solver, "_reseed", lambda point, *rest: point)
     (gave_up,) = steps_of(solver, "finish")
     assert solver._concluded(point, 0).X is point.X  # of an attempt that never gave up
@@ -152,7 +153,9 @@ def test_every_second_start_by_messages_has_free_lengths(monkeypatch):
     assert seen == [True, False, True]
 
 
-def test_v_t_v_is_given_up_before_it_is_made_in_float32(monkeypatch):
+@pytest.mark.parametrize("few", [N - 1, N])
+def test_v_t_v_is_given_up_before_it_is_made_in_float32(monkeypatch, few):
+    monkeypatch.setattr("paperlib.attempts.FEW_SAMPLES", few)
     X = sphere(N, D, 0).X
     model = RandomFeatures(D, 20 * D * N, "relu")
     theta = torch.ones(1, N) @ model.features(X)
@@ -163,7 +166,7 @@ def test_v_t_v_is_given_up_before_it_is_made_in_float32(monkeypatch):
     first, alive, make = weakref.ref(solver.lift), [], solver._make_lift
     rounds = [lambda *_: solver._evaluate(near, lifted=True, exact=False)] * 2
     monkeypatch.setattr(solver, "_rounds", lambda *_: rounds.pop()())
-    monkeypatch.setattr(solver, "_impatient_finish", lambda best, restart: left)
+    monkeypatch.setattr(solver, "_impatient_finish", lambda *_: left)
     monkeypatch.setattr(solver, "_concluded", lambda point, *_, **__: point)
 
     def made_anew():

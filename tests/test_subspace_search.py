@@ -26,6 +26,7 @@ from paperlib.outlying_directions import (
     krylov_space,
     outlying_directions,
 )
+from paperlib.precision import SETTLED
 from paperlib.projection import Linearization
 from paperlib.remainder import left_by
 from paperlib.sphere import random_on_sphere
@@ -177,9 +178,9 @@ def test_streamed_features_are_drawn_only_as_far_as_they_are_sampled(monkeypatch
     model = problem(4, 20, 100.0, placement="streamed")[0]
     drawn, draw = [], RandomFeatures.draw
 
-    def watched(self, start, stop):
+    def watched(self, start, stop, **memory):
         drawn.append(start)
-        return draw(self, start, stop)
+        return draw(self, start, stop, **memory)
 
     monkeypatch.setattr(RandomFeatures, "draw", watched)
     list(SampledSubspace(model, torch.eye(20).double()[:, :3], 1500).blocks())
@@ -357,7 +358,32 @@ def test_a_sample_missed_by_all_rounds_is_soon_sought_in_the_residual(faint_pair
     assert steps.count("refine") + steps.count("finish") < 45
 
 
-def test_where_float32_does_not_fit_the_finish_goes_on(faint_pair, monkeypatch):
+@pytest.mark.parametrize("seed", [1, 3])
+def test_with_many_samples_no_finish_tells_that_bfloat16_hides_some(faint_pair, monkeypatch, seed):
+    monkeypatch.setattr("paperlib.attempts.FEW_SAMPLES", 7)
+    model, X, theta = faint_pair(seed, weights=(0.015, -0.015))
+    options = {"start": "subspace", "restarts": 1, "seed": seed, "progress": False}
+    found = reconstruct(model, theta, 8, bulk="bfloat16", **options)
+    assert found.explained and compare(X, found.samples).signed.max() < 1e-3
+    stages = [(stage["stage"], stage["dtype"]) for stage in found.stages]
+    begun = stages.index(("lift", "float32"))
+    assert begun < stages.index(("bulk", "float32")) < stages.index(("finish", "float32"))
+
+
+def test_of_many_samples_that_bfloat16_shows_the_finish_needs_no_more(monkeypatch):
+    monkeypatch.setattr("paperlib.attempts.FEW_SAMPLES", 5)
+    monkeypatch.setitem(SETTLED, torch.bfloat16, 1e-3)
+    model, theta, data = problem(6, 50, 6.0, dtype=torch.float32)
+    found = reconstruct(
+        model, theta, 6, start="subspace", bulk="bfloat16", restarts=1, progress=False
+    )
+    assert compare(data.X, found.samples).signed.max() < 1e-3
+    assert [stage["dtype"] for stage in found.stages if stage["stage"] == "lift"] == ["bfloat16"]
+
+
+@pytest.mark.parametrize("few", [7, 8])
+def test_where_float32_does_not_fit_the_finish_goes_on(faint_pair, monkeypatch, few):
+    monkeypatch.setattr("paperlib.attempts.FEW_SAMPLES", few)
     model, _, theta = faint_pair(0)
     calls = []
 
