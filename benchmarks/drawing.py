@@ -21,7 +21,7 @@ from paperlib import gaussian_draws
 from paperlib.random_features import ROWS_PER_DRAW
 from paperlib.results import save_table
 
-KERNELS = {"own": gaussian_draws._fill, "torch": gaussian_draws._fill_by_torch}
+KERNELS = {"own": gaussian_draws.fill_by_kernel, "torch": gaussian_draws.fill_by_torch}
 
 
 def measure(p: int, d: int, threads: int) -> list[dict]:

@@ -3,7 +3,7 @@
 // Box and Muller make sixteen of sixteen uniform numbers, the first eight of which give the radius
 // and the others the angle. Those come from a Mersenne Twister (Matsumoto and Nishimura 1998);
 // logarithm, sine and cosine are those of Cephes in single precision. torch takes numbers from its
-// twister one by one, and most of its time; here they come some hundred at once.
+// twister one by one, which is most of its time; here some hundred come at once.
 //
 // `gaussian_draws.py` compiles this file.
 

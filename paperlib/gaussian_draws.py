@@ -37,16 +37,19 @@ def fill(rows: Tensor, purpose: str, seed: int, *, first: int, std: float) -> No
         std: standard deviation.
     """
     if rows.shape[1] % GROUP == 0 and available():
-        _fill(rows, purpose, seed, first, std)
+        fill_by_kernel(rows, purpose, seed, first, std)
     else:
-        _fill_by_torch(rows, purpose, seed, first, std)
+        fill_by_torch(rows, purpose, seed, first, std)
 
 
-def _fill(rows: Tensor, purpose: str, seed: int, first: int, std: float) -> None:
+def fill_by_kernel(rows: Tensor, purpose: str, seed: int, first: int, std: float) -> None:
+    """The same, by the kernel; see `available`."""
     call(SOURCE, "draw", stream_seed(purpose, seed, index=first), float(std), *rows.shape, rows)
 
 
-def _fill_by_torch(rows: Tensor, purpose: str, seed: int, first: int, std: float) -> None:
+def fill_by_torch(rows: Tensor, purpose: str, seed: int, first: int, std: float) -> None:
+    """The same, by torch, a thread a draw."""
+
     def draw(k: int) -> None:
         rows[k].normal_(std=std, generator=stream(purpose, seed, index=first + k))
 
@@ -60,6 +63,6 @@ def available() -> bool:
     if not (vector_instructions(torch.device("cpu")) and has(SOURCE, "draw")):
         return False
     ours, theirs = torch.empty(2, 2, 64 * GROUP)
-    _fill(ours, "V", 0, 0, 1.0)
-    _fill_by_torch(theirs, "V", 0, 0, 1.0)
+    fill_by_kernel(ours, "V", 0, 0, 1.0)
+    fill_by_torch(theirs, "V", 0, 0, 1.0)
     return torch.allclose(ours, theirs, rtol=0, atol=ROUNDING)

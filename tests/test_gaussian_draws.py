@@ -38,8 +38,10 @@ def processor(request, compile_with):
 )
 def test_they_are_the_numbers_of_torch(processor, monkeypatch, draws, count):
     used = []
-    kernel = gaussian_draws._fill
-    monkeypatch.setattr(gaussian_draws, "_fill", lambda *all: used.append(1) or kernel(*all))
+    kernel = gaussian_draws.fill_by_kernel
+    monkeypatch.setattr(
+        gaussian_draws, "fill_by_kernel", lambda *all: used.append(1) or kernel(*all)
+    )
     ours = filled(draws, count, seed=3, first=2, std=0.5)
     theirs = by_torch(draws, count, seed=3, first=2, std=0.5)
     assert used and (ours - theirs).abs().max() <= 0.5 * ROUNDING
@@ -70,13 +72,13 @@ def test_what_is_no_group_of_sixteen_torch_draws():
 
 
 def test_a_torch_that_draws_otherwise_is_followed(monkeypatch):
-    kernel = gaussian_draws._fill
+    kernel = gaussian_draws.fill_by_kernel
 
     def otherwise(rows, *others):
         kernel(rows, *others)
         rows[-1, -1] += 1e-3
 
-    monkeypatch.setattr(gaussian_draws, "_fill", otherwise)
+    monkeypatch.setattr(gaussian_draws, "fill_by_kernel", otherwise)
     gaussian_draws.available.cache_clear()
     try:
         assert not gaussian_draws.available()
