@@ -1,16 +1,21 @@
 """Normal numbers of our own kernel: those of torch, whatever the sizes, seeds and threads."""
 
+import numpy as np
 import pytest
 import torch
 
 import paperlib
-from paperlib import gaussian_draws
+from paperlib import gaussian_draws, reused_memory
+from paperlib.compiled import has
 from paperlib.gaussian_draws import ROUNDING, fill
+from paperlib.instructions import vector_instructions
 from paperlib.random_features import ROWS_PER_DRAW
 from paperlib.streams import stream, stream_seed
 
+# Not `available`, which is false for a kernel that makes other numbers, too.
 needs_kernel = pytest.mark.skipif(
-    not gaussian_draws.available(), reason="needs AVX2 and a C++ compiler"
+    not (vector_instructions(torch.device("cpu")) and has(gaussian_draws.SOURCE, "draw")),
+    reason="needs AVX2 and a C++ compiler",
 )
 
 
@@ -101,3 +106,22 @@ def test_rows_that_are_held_are_not_drawn_over():
     kept = paperlib.RandomFeatures(7, 9 * ROWS_PER_DRAW + 5, placement="resident")
     held = [V for _, V in model.weight_blocks()]
     assert torch.equal(torch.cat(held), kept.V)
+
+
+def test_a_pass_draws_into_the_same_memory_again(monkeypatch):
+    model = paperlib.RandomFeatures(
+        7, 9 * ROWS_PER_DRAW, placement="streamed", block_rows=ROWS_PER_DRAW
+    )
+    taken, empty = [], np.empty
+    monkeypatch.setattr(
+        reused_memory.np, "empty", lambda *size, **kind: taken.append(size) or empty(*size, **kind)
+    )
+    assert sum(len(V) for _, V in model.weight_blocks()) == model.p
+    assert 1 <= len(taken) <= 3
+
+
+def test_v_is_drawn_from_streams_of_its_seed():
+    model = paperlib.RandomFeatures(7, 3 * ROWS_PER_DRAW + 5, seed=4)
+    expected = by_torch(4, ROWS_PER_DRAW * 7, seed=4, std=7**-0.5).view(-1, 7)[: model.p]
+    assert (model.V - expected).abs().max() <= ROUNDING
+    assert (model.draw(2 * ROWS_PER_DRAW, model.p) - expected[2 * ROWS_PER_DRAW :]).norm() < 1e-3
