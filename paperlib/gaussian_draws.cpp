@@ -13,25 +13,19 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 namespace {
 
+// Half of a group of sixteen, also where registers are wider.
 constexpr int EIGHT = 8;
 using Floats = __m256;
 using Whole = int32_t __attribute__((vector_size(32)));
 
-inline Floats all(float x) { return Floats{} + x; }
-inline Floats load(const float *p) {
-  Floats x;
-  std::memcpy(&x, p, sizeof(x));
-  return x;
-}
-inline void store(float *p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
+inline Floats all(float x) { return _mm256_set1_ps(x); }
 inline Floats bits(Whole x) { return (Floats)x; }
 inline Whole bits(Floats x) { return (Whole)x; }
 inline Floats choose(Whole which, Floats then, Floats otherwise) {
-  return bits((which & bits(then)) | (~which & bits(otherwise)));
+  return _mm256_blendv_ps(otherwise, then, bits(which));
 }
 
 // ---- uniform numbers
@@ -126,11 +120,11 @@ inline void sine_and_cosine(Floats x, Floats &sine, Floats &cosine) {
 
 // Sixteen normal numbers of as many uniform ones.
 inline void box_muller(const float *uniform, float deviation, float *out) {
-  const Floats radius = _mm256_sqrt_ps(logarithm(1 - load(uniform)) * -2.0f);
+  const Floats radius = _mm256_sqrt_ps(logarithm(1 - _mm256_loadu_ps(uniform)) * -2.0f);
   Floats sine, cosine;
-  sine_and_cosine(load(uniform + EIGHT) * 6.283185307179586f, sine, cosine);
-  store(out, radius * cosine * deviation);
-  store(out + EIGHT, radius * sine * deviation);
+  sine_and_cosine(_mm256_loadu_ps(uniform + EIGHT) * 6.283185307179586f, sine, cosine);
+  _mm256_storeu_ps(out, radius * cosine * deviation);
+  _mm256_storeu_ps(out + EIGHT, radius * sine * deviation);
 }
 
 } // namespace

@@ -57,10 +57,15 @@ def fill_by_torch(rows: Tensor, purpose: str, seed: int, first: int, std: float)
         list(pool.map(draw, range(len(rows))))
 
 
+def compiles() -> bool:
+    """Whether this machine has a kernel."""
+    return vector_instructions(torch.device("cpu")) and has(SOURCE, "draw")
+
+
 @lru_cache
 def available() -> bool:
     """Whether this machine has a kernel, and it makes the numbers of torch."""
-    if not (vector_instructions(torch.device("cpu")) and has(SOURCE, "draw")):
+    if not compiles():
         return False
     ours, theirs = torch.empty(2, 2, 64 * GROUP)
     fill_by_kernel(ours, "V", 0, 0, 1.0)
