@@ -41,8 +41,9 @@ BOUNDS = {
 # They are from so many multiplications on.
 WORTHWHILE = 1_000_000
 
-# From so many rows on, float32 is faster in parts on matrix units than whole without them.
-PARTS_LEAST_ROWS = 65
+# From so many rows on, a product in float32 is faster in parts on matrix units than whole without
+# them; for fewer, two products that follow one another are (`one_reading.py`).
+PARTS_LEAST_ROWS = 33
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)

@@ -10,68 +10,11 @@
 
 #include <omp.h>
 
-#include "float32_parts.h"
+#include "float32_pieces.h"
 
 namespace {
 
-constexpr int LINES = 8;                   // that are split at once, ..
-constexpr int TURNS = 2 * SIDE / LINES;    // .. of a step
-constexpr long TOTALS_BYTES = 128 << 10;   // of pieces that are summed together
-
-// GCC takes calls of a function that does nothing but `_mm_prefetch` for idle, and leaves them out.
-inline void prefetch(const void *p) { __asm__ volatile("prefetcht1 (%0)" ::"r"(p)); }
-
-// V as left tiles, its rows across the sums, or as right ones, its columns across them.
-template <bool LEFT> class Pieces {
-public:
-  const long count;
-
-  Pieces(const float *V, long h, long d)
-      : count(parts_of(LEFT ? h : d, WIDTH)), V(V), h(h), d(d) {}
-
-  // Splits LINES of a step: 32 numbers of a row each, or 16 of two rows.
-  void split_lines(long piece, long run, int step, int turn, int32_t *to) const {
-    const long along = (run * RUN + step) * NUMBERS, across = piece * WIDTH;
-    const int k = turn * LINES;
-    to += k * SIDE;
-    if (along + NUMBERS <= (LEFT ? d : h) && across + WIDTH <= (LEFT ? h : d)) {
-      const float *from = V + (LEFT ? (across + k) * d + along
-                                    : (along + k % SIDE) * d + across + k / SIDE * SIDE);
-      const long beside = LEFT ? SIDE : SIDE * d;
-      UNROLL for (int i = 0; i < LINES; i++, from += d, to += SIDE) {
-        split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + beside), to);
-      }
-      return;
-    }
-    for (int i = k; i < k + LINES; i++, to += SIDE) split_at_the_end(along, across, i, to);
-  }
-  void ask(long piece, long run, int step, int turn) const {
-    const long along = (run * RUN + step) * NUMBERS, across = piece * WIDTH;
-    const int k = turn * LINES;
-    const float *from = V + (LEFT ? (across + k) * d + along : (along + k) * d + across);
-    UNROLL for (int i = 0; i < LINES; i++, from += d) {
-      prefetch(from);
-      prefetch(from + SIDE);
-    }
-  }
-
-private:
-  // Numbers beyond the ends are zeros; rows are any, since they meet zeros or nobody asks for them.
-  void split_at_the_end(long along, long across, int line, int32_t *to) const {
-    const auto row = [&](long k) { return V + std::min(k, h - 1) * d; };
-    const auto part = [&](long column) { return first(std::max<long>(0, d - column)); };
-    if (LEFT) {
-      const float *from = row(across + line) + along;
-      split(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
-    } else {
-      const long column = across + line / SIDE * SIDE, k = along + line % SIDE;
-      split(load(row(k) + column, part(column)), load(row(k + SIDE) + column, part(column)), to);
-    }
-  }
-
-  const float *V;
-  const long h, d;
-};
+constexpr long TOTALS_BYTES = 128 << 10; // of pieces that are summed together
 
 // A piece for a run; pieces are taken in groups.
 struct Place {
@@ -101,15 +44,15 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finis
   auto totals = allocate<float>(together * sums);
   Place now{begin, 0, begin};
   for (int k = 0; k < steps_of(now); k++) {
-    for (int turn = 0; turn < TURNS; turn++) V.split_lines(begin, 0, k, turn, in_ring(0, k));
+    for (int turn = 0; turn < TURNS; turn++) V.split_lines(begin, k, turn, in_ring(0, k));
   }
   for (int start = 0; now.group < end;) {
     const Place next = after(now), later = after(next);
     const int steps = steps_of(now), brought = steps_of(next), asked = steps_of(later);
     const int then = (start + RUN) % RING;
     const auto bring = [&](int k, int turn) {
-      if (k < brought) V.split_lines(next.piece, next.run, k, turn, in_ring(then, k));
-      if (k < asked) V.ask(later.piece, later.run, k, turn);
+      if (k < brought) V.split_lines(next.piece, next.run * RUN + k, turn, in_ring(then, k));
+      if (k < asked) V.ask(later.piece, later.run * RUN + k, turn);
     };
     const auto beside = [&](int k, int slot) {
       if (slot < TURNS) bring(k, slot);

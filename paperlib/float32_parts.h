@@ -28,13 +28,12 @@ inline Lanes leading_digits(Lanes a) {
   const Register mask = broadcast(0xffff0000);
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), mask));
 }
-// Those of a and of b, as bfloat16 in the lower and the upper halves of the lanes.
+// Those of a and of b, as bfloat16 in the lower and the upper halves of the lanes. A permutation
+// would do it at once, in the very port that gives the matrix units their work.
 inline Register side_by_side(Lanes a, Lanes b) {
-  alignas(64) static constexpr uint16_t UPPER_HALVES[32] = {
-      1,  33, 3,  35, 5,  37, 7,  39, 9,  41, 11, 43, 13, 45, 15, 47,
-      17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
-  const Register halves = _mm512_load_si512(UPPER_HALVES);
-  return _mm512_permutex2var_epi16(_mm512_castps_si512(a), halves, _mm512_castps_si512(b));
+  constexpr __mmask32 UPPER_HALVES = 0xaaaaaaaa;
+  const Register low = _mm512_srli_epi32(_mm512_castps_si512(a), 16);
+  return _mm512_mask_blend_epi16(UPPER_HALVES, low, _mm512_castps_si512(b));
 }
 // A line of the parts of a tile: 16 numbers, each beside one that is summed with it.
 inline void split(Lanes a, Lanes b, int32_t *to) {
@@ -47,39 +46,48 @@ inline void split(Lanes a, Lanes b, int32_t *to) {
 
 // ---- products
 
-// Adds products over some steps to the sums of LEFT by RIGHT tiles. `left(k)` and `right(k)` are the
-// tiles of a step in parts; `beside(k, slot)` is called after each of its SLOTS.
+// The parts of the left and of the right tiles that are multiplied, so that from one product to the
+// next only one of both has to be loaded.
+struct Slot {
+  int left, right;
+};
+constexpr Slot SLOT[SLOTS] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
+
+// Adds a step of products to the sums of LEFT by RIGHT tiles, which are in their registers.
+// `beside(slot)` is called after each product.
+template <int LEFT, int RIGHT, class Beside>
+void add_step(const int32_t *left, const int32_t *right, Beside beside) {
+  // The intrinsics take the numbers of tiles as they are written.
+  UNROLL for (int k = 0; k < SLOTS; k++) {
+    if (k == 0 || SLOT[k].left != SLOT[k - 1].left) {
+      const int32_t *tiles = left + SLOT[k].left * 2 * TILE;
+      _tile_loadd(4, tiles, ROW_BYTES);
+      if constexpr (LEFT == 2) _tile_loadd(5, tiles + TILE, ROW_BYTES);
+    }
+    if (k == 0 || SLOT[k].right != SLOT[k - 1].right) {
+      const int32_t *tiles = right + SLOT[k].right * 2 * TILE;
+      _tile_loadd(6, tiles, ROW_BYTES);
+      if constexpr (RIGHT == 2) _tile_loadd(7, tiles + TILE, ROW_BYTES);
+    }
+    Bfloat16::multiply<LEFT, RIGHT>();
+    beside(k);
+  }
+}
+
+// Steps of products, added to sums in memory.
 template <int LEFT, int RIGHT, class Left, class Right, class Beside>
 void add_steps(Left left, Right right, int steps, float *sums, Beside beside) {
-  // The intrinsics take the numbers of tiles as they are written.
-  const auto load_left = [](const int32_t *tiles) {
-    _tile_loadd(4, tiles, ROW_BYTES);
-    if constexpr (LEFT == 2) _tile_loadd(5, tiles + TILE, ROW_BYTES);
-  };
-  const auto load_right = [](const int32_t *tiles) {
-    _tile_loadd(6, tiles, ROW_BYTES);
-    if constexpr (RIGHT == 2) _tile_loadd(7, tiles + TILE, ROW_BYTES);
-  };
   Sums<Bfloat16, LEFT, RIGHT>::read(sums, 2 * TILE);
   for (int k = 0; k < steps; k++) {
-    const int32_t *a = left(k), *b = right(k);
-    int slot = 0;
-    UNROLL for (int i = 0; i < PARTS; i++) {
-      load_right(b + i * 2 * TILE);
-      UNROLL for (int j = 0; j < PARTS - i; j++) {
-        load_left(a + j * 2 * TILE);
-        Bfloat16::multiply<LEFT, RIGHT>();
-        beside(k, slot++);
-      }
-    }
+    add_step<LEFT, RIGHT>(left(k), right(k), [&](int slot) { beside(k, slot); });
   }
   Sums<Bfloat16, LEFT, RIGHT>::write(sums, 2 * TILE);
 }
 
 // ---- the factor of few rows
 
-// m rows of some length in parts: run by run, and there one pair of tiles after another. Right tiles
-// have them as columns.
+// m rows of some length in parts: run by run, and there one pair of tiles after another. Right
+// tiles have them as columns.
 template <bool RIGHT> class FewRows {
 public:
   const long m, length, pairs, steps, runs;

@@ -17,8 +17,8 @@ constexpr int TILE = SIDE * SIDE;  // of those
 constexpr int ROW_BYTES = 4 * SIDE;
 constexpr int PANEL = 2 * SIDE;    // rows of V that are multiplied with A at once
 
-inline long parts_of(long count, long size) { return (count + size - 1) / size; }
-inline long rounded_up(long count, long size) { return parts_of(count, size) * size; }
+constexpr long parts_of(long count, long size) { return (count + size - 1) / size; }
+constexpr long rounded_up(long count, long size) { return parts_of(count, size) * size; }
 
 // The compiler does not know what the units read and write in memory.
 inline void settle() { __asm__ volatile("" ::: "memory"); }

@@ -13,20 +13,27 @@
 
 #include "between_products.h"
 #include "combination.h"
+#include "float32_pass.h"
 
 namespace {
 
-// A chunk whose U = A V^T is known, rows as far apart as those of W.
-template <class F> struct Between : Work<F> {
+// Features `begin`, .., of which there are `count`, with U = A V^T known and W to be made; rows of
+// both lie `apart` from one another. In 8 bits those of W have scales.
+template <class Number> struct Between {
+  const long begin, count, apart;
   const float *U;
+  Number *W;
+  float *scales;
 
-  const float *u(long i) const { return U + i * this->apart; }
+  const float *u(long i) const { return U + i * apart; }
+  Number *w(long i) const { return W + i * apart; }
+  float *scale(long i) const { return scales ? scales + i : nullptr; }
 };
 
 // Adds W V to out, m rows to its (height, d), for the W that `turn` makes of A V^T.
 template <class F, class Turn>
-void pass(const typename F::number *A, long sent, const typename F::number *V, long m, float *out,
-          long height, long h, long d, int threads, const Turn &turn) {
+void pass_in_chunks(const typename F::number *A, long sent, const typename F::number *V, long m,
+                    float *out, long height, long h, long d, int threads, const Turn &turn) {
   Right<F> right(sent, d);
   add_chunks<F, float>(m, out, height, h, d, threads, [&](long chunk) {
     right.fill(A);
@@ -36,9 +43,49 @@ void pass(const typename F::number *A, long sent, const typename F::number *V, l
         const long rows = std::clamp<long>(here.count - k, 0, PANEL);
         projection.add(V + (here.begin + k) * d, rows, U.get() + k, here.apart, &here.V, k);
       }
-      turn(Between<F>{here, U.get()});
+      turn(Between<typename F::number>{here.begin, here.count, here.apart, U.get(), here.W,
+                                       here.scales});
     };
   });
+}
+
+struct Float32 {
+  using number = float;
+};
+
+// The same in float32 in parts, 32 rows of V at a time.
+template <class Turn>
+void pass_in_parts(const float *A, long sent, const float *V, long m, float *out, long height,
+                   long h, long d, int threads, const Turn &turn) {
+  FewRows<true> right(sent, d);
+  Float32Pass *all_sums[MOST_THREADS] = {};
+#pragma omp parallel num_threads(threads)
+  {
+    right.fill(A);
+    Units units;
+    Float32Pass mine(right, m, V, h, d);
+    const long me = omp_get_thread_num(), team = omp_get_num_threads();
+    all_sums[me] = &mine;
+    auto U = allocate<float>(sent * WIDTH), W = allocate<float>(m * WIDTH);
+    const long panels = parts_of(h, WIDTH), end = (me + 1) * panels / team;
+    for (long panel = me * panels / team; panel < end; panel++) {
+      const long begin = panel * WIDTH, count = std::min<long>(WIDTH, h - begin);
+      mine.ask_after(panel, end);
+      mine.project(panel, count, U.get(), WIDTH);
+      turn(Between<float>{begin, count, WIDTH, U.get(), W.get(), nullptr});
+      mine.combine(panel, count, W.get(), WIDTH);
+    }
+#pragma omp barrier
+    add_up(all_sums, team, out, height);
+  }
+}
+
+template <class F, class... Rest> void pass(Rest &&...rest) {
+  if constexpr (std::is_same_v<F, Float32>) {
+    pass_in_parts(rest...);
+  } else {
+    pass_in_chunks<F>(rest...);
+  }
 }
 
 // ---- a Gauss-Newton product
@@ -48,7 +95,7 @@ void product(const typename F::number *A, const typename F::number *V, const Act
              const Step &step, float *HX, float *Ha, long h, long d, int threads) {
   const long m = step.rows;
   auto all_Ha = zeros<float>(threads * m);
-  pass<F>(A, m, V, m, HX, m, h, d, threads, [&](const Between<F> &here) {
+  pass<F>(A, m, V, m, HX, m, h, d, threads, [&](const auto &here) {
     alignas(64) float T[MOST_CHUNK], scaled[MOST_CHUNK];
     float *back = step.scales ? scaled : T, *my_Ha = all_Ha.get() + omp_get_thread_num() * m;
     const Step now = step.from(here.begin);
@@ -57,7 +104,7 @@ void product(const typename F::number *A, const typename F::number *V, const Act
       sum_over_samples(here.U, here.apart, there, now, k, here.count, T, back);
     }
     for (long i = 0; i < m; i++) {
-      my_Ha[i] += turn_row(there, now, i, T, back, here.w(i), here.scales + i, here.count);
+      my_Ha[i] += turn_row(there, now, i, T, back, here.w(i), here.scale(i), here.count);
     }
   });
   for (int t = 0; t < threads; t++) {
@@ -65,9 +112,70 @@ void product(const typename F::number *A, const typename F::number *V, const Act
   }
 }
 
-inline Lanes rounded(Lanes a) {
+// As they come back from memory.
+template <class Number> Lanes rounded(Lanes a) {
+  if constexpr (std::is_same_v<Number, float>) return a;
   const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+// ---- loss and gradient, for an activation that is linear on either side of 0
+
+// Inputs U = X V^T and features of the samples, both rounded, and features V.
+template <class F, class Number = typename F::number>
+void forward(const Number *X, const Number *V, float left, float right, long n, long h, long d,
+             Number *inputs, Number *features, float *through, int threads) {
+  pass<F>(X, n, V, n, through, n, h, d, threads, [&](const auto &here) {
+    const TwoSlopes<Number> at{inputs + here.begin, h, left, right};
+    for (long i = 0; i < n; i++) {
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const long entry = i * h + here.begin + k;
+        store(inputs + entry, load(here.u(i) + k, part), part);
+        const Lanes phi = at.feature(i, k, part, at.slope(i, k, part));
+        store(features + entry, phi, part);
+        store(here.w(i) + k, phi, part);
+      }
+    }
+  });
+}
+
+// The residual E = theta - sum_i alpha_i phi_i - V w, and (slopes_i * E) V.
+template <class F, class Number = typename F::number>
+void backward(const Number *w, const Number *V, const TwoSlopes<Number> &at, const float *theta,
+              const float *alpha, long n, long h, long d, float *residual, float *through,
+              int threads) {
+  pass<F>(w, 1, V, n, through, n, h, d, threads, [&](const auto &here) {
+    const auto there = at.from(here.begin);
+    float *E = residual + here.begin;
+    for (long k = 0; k < here.count; k += LANES) {
+      const Part part = first(here.count - k);
+      Lanes explained = load(here.U + k, part);
+      for (long i = 0; i < n; i++) {
+        const Lanes phi = rounded<Number>(there.feature(i, k, part, there.slope(i, k, part)));
+        explained = multiply_add(all(alpha[i]), phi, explained);
+      }
+      const Lanes e = multiply_add(all(-1), explained, load(theta + here.begin + k, part));
+      store(E + k, e, part);
+    }
+    for (long i = 0; i < n; i++) write(there, i, n, E, here.w(i), here.scales, here.count);
+  });
+}
+
+// ---- sum_k y_k (q . v_k) v_k for the rows q of Q
+
+template <class F, class Number = typename F::number>
+void second_moment(const Number *Q, const Number *V, const float *Y, long q, long h, long d,
+                   float *out, int threads) {
+  pass<F>(Q, q, V, q, out, q, h, d, threads, [&](const auto &here) {
+    for (long i = 0; i < q; i++) {
+      for (long k = 0; k < here.count; k += LANES) {
+        const Part part = first(here.count - k);
+        const Lanes y = load(Y + here.begin + k, part);
+        store(here.w(i) + k, multiply(y, load(here.u(i) + k, part)), part);
+      }
+    }
+  });
 }
 
 } // namespace
@@ -96,70 +204,34 @@ PRODUCT_TWO_SLOPES(bfloat16_bfloat16, Bfloat16, Bfloat16Number)
 PRODUCT(int8, Int8, float)
 PRODUCT_TWO_SLOPES(int8_float32, Int8, float)
 PRODUCT_TWO_SLOPES(int8_float16, Int8, Float16Number)
+PRODUCT(float32, Float32, float)
+PRODUCT_TWO_SLOPES(float32_float32, Float32, float)
+PRODUCT_TWO_SLOPES(float32_float16, Float32, Float16Number)
 
-// ---- loss and gradient, for an activation that is linear on either side of 0
-
-// Inputs U = X V^T and features of the samples, both rounded, and features V.
-void forward_bfloat16(const Bfloat16Number *X, const Bfloat16Number *V, float left, float right,
-                      long n, long h, long d, Bfloat16Number *inputs, Bfloat16Number *features,
-                      float *through, int threads) {
-  pass<Bfloat16>(X, n, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
-    const TwoSlopes<Bfloat16Number> at{inputs + here.begin, h, left, right};
-    for (long i = 0; i < n; i++) {
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const long entry = i * h + here.begin + k;
-        store(inputs + entry, load(here.u(i) + k, part), part);
-        const Lanes phi = at.feature(i, k, part, at.slope(i, k, part));
-        store(features + entry, phi, part);
-        store(here.w(i) + k, phi, part);
-      }
-    }
-  });
-}
-
-// The residual E = theta - sum_i alpha_i phi_i - V w, and (slopes_i * E) V.
-void backward_bfloat16(const Bfloat16Number *w, const Bfloat16Number *V,
-                       const Bfloat16Number *inputs, long apart, float left, float right,
-                       const float *theta, const float *alpha, long n, long h, long d,
-                       float *residual, float *through, int threads) {
-  const TwoSlopes<Bfloat16Number> at{inputs, apart, left, right};
-  pass<Bfloat16>(w, 1, V, n, through, n, h, d, threads, [&](const Between<Bfloat16> &here) {
-    const auto there = at.from(here.begin);
-    float *E = residual + here.begin;
-    for (long k = 0; k < here.count; k += LANES) {
-      const Part part = first(here.count - k);
-      Lanes explained = load(here.U + k, part);
-      for (long i = 0; i < n; i++) {
-        const Lanes phi = rounded(there.feature(i, k, part, there.slope(i, k, part)));
-        explained = multiply_add(all(alpha[i]), phi, explained);
-      }
-      const Lanes e = multiply_add(all(-1), explained, load(theta + here.begin + k, part));
-      store(E + k, e, part);
-    }
-    for (long i = 0; i < n; i++) write(there, i, n, E, here.w(i), here.scales, here.count);
-  });
-}
-
-// ---- sum_k y_k (q . v_k) v_k for the rows q of Q
-
-void second_moment_bfloat16(const Bfloat16Number *Q, const Bfloat16Number *V, const float *Y,
-                            long q, long h, long d, float *out, int threads) {
-  pass<Bfloat16>(Q, q, V, q, out, q, h, d, threads, [&](const Between<Bfloat16> &here) {
-    for (long i = 0; i < q; i++) {
-      for (long k = 0; k < here.count; k += LANES) {
-        const Part part = first(here.count - k);
-        const Lanes y = load(Y + here.begin + k, part);
-        store(here.w(i) + k, multiply(y, load(here.u(i) + k, part)), part);
-      }
-    }
-  });
-}
+#define LOSS_AND_GRADIENT(name, Format)                                                            \
+  void forward_##name(const Format::number *X, const Format::number *V, float left, float right,   \
+                      long n, long h, long d, Format::number *inputs, Format::number *features,    \
+                      float *through, int threads) {                                               \
+    forward<Format>(X, V, left, right, n, h, d, inputs, features, through, threads);               \
+  }                                                                                                \
+  void backward_##name(const Format::number *w, const Format::number *V,                           \
+                       const Format::number *inputs, long apart, float left, float right,          \
+                       const float *theta, const float *alpha, long n, long h, long d,             \
+                       float *residual, float *through, int threads) {                             \
+    const TwoSlopes<Format::number> at{inputs, apart, left, right};                                \
+    backward<Format>(w, V, at, theta, alpha, n, h, d, residual, through, threads);                 \
+  }                                                                                                \
+  void second_moment_##name(const Format::number *Q, const Format::number *V, const float *Y,      \
+                            long q, long h, long d, float *out, int threads) {                     \
+    second_moment<Format>(Q, V, Y, q, h, d, out, threads);                                         \
+  }
+LOSS_AND_GRADIENT(bfloat16, Bfloat16)
+LOSS_AND_GRADIENT(float32, Float32)
 
 // In 8 bits W is too coarse, since the Y differ much: what rounding leaves of it goes beside it.
 void second_moment_int8(const int8_t *Q, const int8_t *V, const float *Y, const float *V_scales,
                         long q, long h, long d, float *out, int threads) {
-  pass<Int8>(Q, q, V, 2 * q, out, q, h, d, threads, [&](const Between<Int8> &here) {
+  pass<Int8>(Q, q, V, 2 * q, out, q, h, d, threads, [&](const auto &here) {
     alignas(64) float w[MOST_CHUNK], y[MOST_CHUNK];
     for (long k = 0; k < here.count; k += LANES) {
       const Part part = first(here.count - k);

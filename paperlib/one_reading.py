@@ -2,7 +2,8 @@
 
 A V^T, what lies between, and W V are made for a few hundred rows of V at a time: they are read from
 memory once, what goes through them and comes back stays in the cache, in float32, and Python is
-called once for a block. There are four of them: a Gauss-Newton product (`normal_product.py`), the
+called once for a block. V is in bfloat16, in 8 bits, or for few rows in float32, as the sum of three
+of bfloat16 (`matrix_units.py`). There are four of them: a Gauss-Newton product (`normal_product.py`), the
 two passes of an evaluation of the loss (`projection.py`), and a product with a second moment
 (`outlying_directions.py`), which have the formulas.
 """
@@ -19,7 +20,6 @@ from paperlib.int8 import Int8Rows
 
 SOURCE = "one_reading.cpp"
 
-
 def takes(
     A: Tensor | Int8Rows, V: Tensor | Int8Rows, activations: Given | TwoSlopes, outputs: int
 ) -> bool:
@@ -28,10 +28,16 @@ def takes(
 
 
 def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
-    """Whether rows of A can go through V and back: both in one of the formats of the units."""
+    """Whether rows of A can go through V and back: formats of the units, or few of float32.
+
+    What the sums of more rows in float32 take leaves no room in the cache for V: there, the two
+    products by themselves are as fast.
+    """
     if isinstance(V, Int8Rows):
         A, V = A.values, V.values
-    return matrix_units.multiply(V.dtype) and few_rows.takes(A, V)
+    few = V.dtype == torch.float32 and len(A) < few_rows.PARTS_LEAST_ROWS
+    units = matrix_units.available() if few else matrix_units.multiply(V.dtype)
+    return units and few_rows.takes(A, V)
 
 
 def add_product(
@@ -49,7 +55,7 @@ def add_product(
 
     Args:
         A: (n, d) step of the candidates, or (n + 1, d) with that of the linear part.
-        V: (h, d), bfloat16 or in 8 bits, as A.
+        V: (h, d), in the format of A.
         activations: features and slopes (n, h), or the inputs that both follow from.
         alpha: (n,) coefficients; where V is in 8 bits, times the scales of dX.
         da: (n,) step of the coefficients.
@@ -75,11 +81,11 @@ def add_product(
 
 
 def forward(X: Tensor, V: Tensor, left: float, right: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs X V^T and features, (n, h) bfloat16, and features V, (n, d) float32.
+    """Inputs X V^T and features, (n, h) as X, and features V, (n, d) float32.
 
     Args:
-        X: (n, d) bfloat16.
-        V: (h, d) bfloat16.
+        X: (n, d), bfloat16 or float32.
+        V: (h, d), as X.
         left: slope of the activation left of 0.
         right: slope right of it.
     """
@@ -88,7 +94,8 @@ def forward(X: Tensor, V: Tensor, left: float, right: float) -> tuple[Tensor, Te
     through = torch.zeros_like(X, dtype=torch.float32)
     slopes = float(left), float(right)
     X = X.contiguous()
-    call(SOURCE, "forward_bfloat16", X, V, *slopes, n, h, d, inputs, features, through)
+    name = few_rows.NAMES[V.dtype]
+    call(SOURCE, f"forward_{name}", X, V, *slopes, n, h, d, inputs, features, through)
     return inputs, features, through
 
 
@@ -98,19 +105,20 @@ def backward(
     """The residual E = theta - alpha^T features - V w, (h,), and (slopes * E) V, (n, d), float32.
 
     Args:
-        w: (1, d) bfloat16.
-        V: (h, d) bfloat16.
-        activations: inputs (n, h), bfloat16.
+        w: (1, d), bfloat16 or float32.
+        V: (h, d), as w.
+        activations: inputs (n, h), as w.
         theta: (h,) float32.
         alpha: (n,) coefficients.
     """
     h, d = V.shape
     n = len(alpha)
     residual, through = theta.new_empty(h), theta.new_zeros(n, d)
-    _, given = between_products.arguments("bfloat16", activations)
+    name = few_rows.NAMES[V.dtype]
+    _, given = between_products.arguments(name, activations)
     numbers = theta.contiguous(), alpha.float().contiguous()
     w = w.contiguous()
-    call(SOURCE, "backward_bfloat16", w, V, *given, *numbers, n, h, d, residual, through)
+    call(SOURCE, f"backward_{name}", w, V, *given, *numbers, n, h, d, residual, through)
     return residual, through
 
 
@@ -127,5 +135,5 @@ def second_moment(Q: Tensor | Int8Rows, V: Tensor | Int8Rows, Y: Tensor) -> Tens
         arrays = Q.values.contiguous(), V.values, Y, V.scale
         call(SOURCE, "second_moment_int8", *arrays, *sizes, found)
         return found.mul_(Q.scale[:, None])
-    call(SOURCE, "second_moment_bfloat16", Q.contiguous(), V, Y, *sizes, found)
+    call(SOURCE, f"second_moment_{few_rows.NAMES[V.dtype]}", Q.contiguous(), V, Y, *sizes, found)
     return found

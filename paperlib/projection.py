@@ -203,7 +203,7 @@ class Linearization:
             block: of the features.
             X: the candidates in the format of the features.
         """
-        if self.lift is None or len(self.theta) > 1 or self.dtype != torch.bfloat16:
+        if self.lift is None or len(self.theta) > 1:
             return None
         if self.theta.dtype != torch.float32 or not one_reading.takes_pass(X, block.weights):
             return None

@@ -28,7 +28,7 @@ PLACEMENTS = ("auto", "resident", "streamed")
 
 # On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
 # of a pass finds in the cache what the first has read. On a GPU the whole block is one tile, and
-# for matrix units, whose kernels cut it themselves.
+# for matrix units, whose kernels cut it themselves; not what has to be widened first.
 TILE_BYTES = 2**24
 LEAST_TILE_ROWS = 256
 # A tile in int8 has so many times the rows.
@@ -39,7 +39,8 @@ def tile_rows(
     device: torch.device, dtype: torch.dtype, d: int, block_rows: int, *, own: torch.dtype
 ) -> int:
     """Rows of V (p, d) of a tile in `dtype`, at most `block_rows`, for a model of dtype `own`."""
-    if device.type != "cpu" or matrix_units.multiply(dtype):
+    units = (*matrix_units.FORMATS, torch.float32)
+    if device.type != "cpu" or (dtype in units and matrix_units.available()):
         return block_rows
     rows = TILE_BYTES // (bytes_of(own, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
     rows = max(rows, LEAST_TILE_ROWS) * (INT8_ROWS if dtype == torch.int8 else 1)

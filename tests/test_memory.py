@@ -229,12 +229,21 @@ def test_v_stored_in_float16_is_v_rounded_once():
     assert kept == memory.predicted_bytes(stored, 3, 1, FLOAT16)["weights"] / 2 == 400_000
 
 
-def test_tiles_fit_the_cache_and_cover_v():
+def test_tiles_fit_the_cache_and_cover_v(monkeypatch):
+    monkeypatch.setattr(paperlib.matrix_units, "available", lambda: False)
     for d, rows in ((100, 8192), (3072, 1280), (100_000, 256)):
         assert paperlib.RandomFeatures(d, 10_000).tile_rows(torch.float32) == rows
     model = paperlib.RandomFeatures(3072, 3000)
     starts = [(first, len(V)) for first, V in model.weight_blocks()]
     assert starts == [(0, 1280), (1280, 1280), (2560, 440)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_blocks_for_matrix_units_are_whole_unless_they_are_widened(dtype, monkeypatch):
+    monkeypatch.setattr(paperlib.matrix_units, "available", lambda: True)
+    model = paperlib.RandomFeatures(3072, 10_000)
+    assert model.tile_rows(dtype) == 8192 and model.tile_rows(torch.float16) == 1280
+    assert paperlib.RandomFeatures(3072, 9000, dtype=torch.float64).tile_rows(torch.float64) == 512
 
 
 def point(
