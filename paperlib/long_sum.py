@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,12 @@ class LongSum:
     def add(self, product: Tensor, features: int) -> None:
         """Add a product over so many features."""
         self._open(product.dtype).add_(product)
+        self._close(features)
+
+    @contextmanager
+    def adding(self, features: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """A tensor of that dtype to add a product over so many features to, in place."""
+        yield self._open(dtype)
         self._close(features)
 
     def _open(self, dtype: torch.dtype) -> Tensor:

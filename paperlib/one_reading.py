@@ -2,10 +2,10 @@
 
 A V^T, what lies between, and W V are made for a few hundred rows of V at a time: they are read from
 memory once, what goes through them and comes back stays in the cache, in float32, and Python is
-called once for a block. V is in bfloat16, in 8 bits, or for few rows in float32, as the sum of three
-of bfloat16 (`matrix_units.py`). There are four of them: a Gauss-Newton product (`normal_product.py`), the
-two passes of an evaluation of the loss (`projection.py`), and a product with a second moment
-(`outlying_directions.py`), which have the formulas.
+called once for a block. V is in bfloat16, in 8 bits or, for few rows, in float32, a number as the
+sum of three of bfloat16 (`matrix_units.py`). There are four such passes: a Gauss-Newton product
+(`normal_product.py`), the two of an evaluation of the loss (`projection.py`), and a product with a
+second moment (`outlying_directions.py`), which have the formulas.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from paperlib.compiled import call
 from paperlib.int8 import Int8Rows
 
 SOURCE = "one_reading.cpp"
+
 
 def takes(
     A: Tensor | Int8Rows, V: Tensor | Int8Rows, activations: Given | TwoSlopes, outputs: int

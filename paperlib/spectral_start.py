@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.weight_gram import GramSum, WeightGram
+from paperlib.symmetric_product import SymmetricSum
+from paperlib.weight_gram import WeightGram
 
 # A direction inside the bulk of the spectrum still begins with a little overlap.
 LEAST_OVERLAP, MOST_OVERLAP = 0.15, 0.98
@@ -64,7 +65,7 @@ class SpectralStart:
         """The matrices M, (C, d, d) float64, and the scale s of their noise (per output, rms)."""
         model, C = self.model, len(Y)
         w = self.linear_part(Y)
-        moments = [GramSum(model.d, device=Y.device) for _ in range(C)]
+        moments = [SymmetricSum(model.d, device=Y.device) for _ in range(C)]
         sums = torch.zeros(2, C, dtype=torch.float64, device=Y.device)
         for block in model.blocks(dtype=self.dtype):
             V = block.weights

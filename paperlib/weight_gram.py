@@ -6,42 +6,7 @@ import torch
 from torch import Tensor
 
 from paperlib.feature_map import FeatureMap
-from paperlib.long_sum import LongSum
-
-# Into so many bands the columns of V are cut for V^T V.
-BANDS = 4
-
-
-class GramSum:
-    """sum_k A_k^T B_k, (d, d) float64, for tiles whose sum is symmetric: nearly half of the work.
-
-    Only the blocks on and above the diagonal are formed.
-    """
-
-    def __init__(self, d: int, *, device: torch.device):
-        """Start at zero."""
-        self.d, self.width, self.device = d, -(-d // BANDS), device
-        starts = range(0, d, self.width)
-        self.sums = {
-            (i, j): LongSum(min(self.width, d - i), min(self.width, d - j), device=device)
-            for i in starts
-            for j in starts
-            if i <= j
-        }
-
-    def add(self, A: Tensor, B: Tensor) -> None:
-        """Add A^T B, both (h, d)."""
-        for (i, j), part in self.sums.items():
-            part.add_product(A[:, i : i + self.width].T, B[:, j : j + self.width])
-
-    @property
-    def total(self) -> Tensor:
-        """The sum so far, (d, d) float64."""
-        gram = torch.empty(self.d, self.d, dtype=torch.float64, device=self.device)
-        for (i, j), part in self.sums.items():
-            gram[i : i + self.width, j : j + self.width] = part.total
-            gram[j : j + self.width, i : i + self.width] = part.total.T
-        return gram
+from paperlib.symmetric_product import SymmetricSum
 
 
 class WeightGram:
@@ -63,7 +28,7 @@ class WeightGram:
             beside: Y (C, p), whose product with V is formed in the same pass.
         """
         self.model, self.dtype = model, dtype
-        total = GramSum(model.d, device=model.device)
+        total = SymmetricSum(model.d, device=model.device)
         outputs = 0 if beside is None else len(beside)
         self.beside = torch.zeros(outputs, model.d, dtype=torch.float64, device=model.device)
         for block in model.blocks(dtype=dtype):
