@@ -103,14 +103,20 @@ private:
     using Here = Sums<Bfloat16, LEFT, 2>;
     float *to = totals.get();
     for (long strip = 0; strip < columns.count; strip++, to += 4 * TILE) {
-      Here::read(to, 2 * TILE);
+      Here::clear();
+      settle();
       add_step<LEFT, 2>(W.get(), in_ring(strip), [&](int slot) {
         if (slot < TURNS && strip + 1 < columns.count) {
           columns.split_lines(strip + 1, panel, slot, in_ring(strip + 1));
         }
         ahead.ask();
       });
-      Here::write(to, 2 * TILE);
+      Here::write(sums.get(), 2 * TILE);
+      // Sums of sums lose fewer digits than one long sum.
+      for (int k = 0; k < LEFT * 2 * TILE; k += SIDE) {
+        const Lanes more = _mm512_load_ps(sums.get() + k);
+        _mm512_store_ps(to + k, _mm512_add_ps(_mm512_load_ps(to + k), more));
+      }
     }
   }
 
