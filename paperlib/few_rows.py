@@ -6,7 +6,8 @@ small for the memory; so products with one to a hundred candidates run at a thir
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
 for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
 Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits, and
-from some dozen rows on those of `float32_parts.cpp` float32, as sums of three of bfloat16.
+from some dozen rows on those of `float32_parts.cpp` float32, as sums of three of bfloat16. These
+also multiply an A and a W of float32 with a V of float16, the sum of two, as it is stored.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from paperlib import matrix_units
 from paperlib.compiled import call, has
 from paperlib.instructions import bfloat16_units, vector_instructions
+from paperlib.precision import arithmetic
 
 SOURCE = "few_rows.cpp"
 
@@ -48,12 +50,19 @@ PARTS_LEAST_ROWS = 33
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}
 
 
 def takes(A: Tensor, V: Tensor) -> bool:
     """Whether the kernels multiply A, with rows as V has them or with a column a row of V."""
-    if V.device.type != "cpu" or A.dtype != V.dtype:
+    if V.device.type != "cpu":
+        return False
+    if A.dtype != (torch.int8 if V.dtype == torch.int8 else arithmetic(V.dtype)):
         return False
     h, d = V.shape
     least, most, share = BOUNDS[source(len(A), V.dtype)]
@@ -71,14 +80,16 @@ def takes(A: Tensor, V: Tensor) -> bool:
 
 
 def source(rows: int, dtype: torch.dtype) -> str:
-    """The file whose kernels multiply so many rows of that dtype, where there are any."""
+    """The file whose kernels multiply so many rows with a V of that dtype, where there are any."""
+    if dtype == torch.float16:
+        return matrix_units.PARTS_SOURCE
     if dtype == torch.float32 and rows >= PARTS_LEAST_ROWS and matrix_units.available():
         return matrix_units.PARTS_SOURCE
     return matrix_units.SOURCE if matrix_units.multiply(dtype) else SOURCE
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
-    """A V^T, (m, h), for A (m, d) and V (h, d); of int8 in float32, else in their dtype."""
+    """A V^T, (m, h), for A (m, d) and V (h, d); of int8 in float32, else in the dtype of A."""
     out = A.new_empty(len(A), len(V), dtype=torch.float32 if A.dtype == torch.int8 else A.dtype)
     return _call("project", A, V, out)
 
@@ -101,6 +112,8 @@ def available(dtype: torch.dtype) -> bool:
     if dtype not in NAMES:
         return False
     cpu = torch.device("cpu")
+    if dtype == torch.float16:
+        return matrix_units.available()
     if dtype != torch.float32 and bfloat16_units(cpu):
         # Without a compiler that knows them, the libraries still do.
         return matrix_units.available()

@@ -23,8 +23,9 @@ struct Place {
 
 // Multiplies the few rows with this thread's share of the pieces. `finish(piece, totals)` gets the
 // sums of each, four tiles for a pair of tiles of the few rows.
-template <bool V_LEFT, class Finish>
-void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finish) {
+template <bool V_LEFT, class Number, class Finish>
+void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Finish finish) {
+  constexpr int OF_V = PARTS_OF<Number>, V_PAIR = Pieces<V_LEFT, Number>::PAIR;
   const long me = omp_get_thread_num(), threads = omp_get_num_threads();
   const long begin = me * V.count / threads, end = (me + 1) * V.count / threads;
   const long sums = rows.pairs * 4 * TILE; // of a piece
@@ -39,8 +40,8 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finis
 
   // The steps of a piece in a ring, with room for one of the next.
   constexpr int RING = RUN + 1;
-  auto ring = allocate<int32_t>(RING * PAIR);
-  const auto in_ring = [&](int start, int k) { return ring.get() + (start + k) % RING * PAIR; };
+  auto ring = allocate<int32_t>(RING * V_PAIR);
+  const auto in_ring = [&](int start, int k) { return ring.get() + (start + k) % RING * V_PAIR; };
   auto totals = allocate<float>(together * sums);
   Place now{begin, 0, begin};
   for (int k = 0; k < steps_of(now); k++) {
@@ -65,13 +66,13 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finis
       const auto few = [&, at = rows.at(now.run, pair)](int k) { return at + k * PAIR; };
       const bool two = rows.two_tiles(pair), end_of_rows = pair == rows.pairs - 1;
       if constexpr (V_LEFT) {
-        !end_of_rows ? add_steps<2, 2>(piece, few, steps, to, idle)
-        : two        ? add_steps<2, 2>(piece, few, steps, to, beside)
-                     : add_steps<2, 1>(piece, few, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, OF_V, PARTS>(piece, few, steps, to, idle)
+        : two        ? add_steps<2, 2, OF_V, PARTS>(piece, few, steps, to, beside)
+                     : add_steps<2, 1, OF_V, PARTS>(piece, few, steps, to, beside);
       } else {
-        !end_of_rows ? add_steps<2, 2>(few, piece, steps, to, idle)
-        : two        ? add_steps<2, 2>(few, piece, steps, to, beside)
-                     : add_steps<1, 2>(few, piece, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, PARTS, OF_V>(few, piece, steps, to, idle)
+        : two        ? add_steps<2, 2, PARTS, OF_V>(few, piece, steps, to, beside)
+                     : add_steps<1, 2, PARTS, OF_V>(few, piece, steps, to, beside);
       }
     }
     for (int k = steps; k < brought; k++) {
@@ -85,11 +86,11 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT> &V, Finish finis
 }
 
 // The same on all threads, for few rows as they lie.
-template <bool V_LEFT, class Finish>
-void multiply(const float *few, const float *V, long m, long h, long d, int threads,
+template <bool V_LEFT, class Number, class Finish>
+void multiply(const float *few, const Number *V, long m, long h, long d, int threads,
               Finish finish) {
   FewRows<V_LEFT> rows(m, V_LEFT ? d : h);
-  const Pieces<V_LEFT> pieces(V, h, d);
+  const Pieces<V_LEFT, Number> pieces(V, h, d);
 #pragma omp parallel num_threads(threads)
   {
     rows.fill(few);
@@ -98,12 +99,8 @@ void multiply(const float *few, const float *V, long m, long h, long d, int thre
   }
 }
 
-} // namespace
-
-// Sizes: A (m, d), W (m, h), V (h, d).
-extern "C" {
-void project_float32(const float *A, const float *V, float *out, long m, long h, long d,
-                     int threads) {
+template <class Number>
+void project(const float *A, const Number *V, float *out, long m, long h, long d, int threads) {
   multiply<true>(A, V, m, h, d, threads, [&](long piece, const float *totals) {
     const long begin = piece * WIDTH;
     for (long i = 0; i < m; i += SIDE) {
@@ -119,8 +116,8 @@ void project_float32(const float *A, const float *V, float *out, long m, long h,
   });
 }
 
-void combine_float32(const float *W, const float *V, float *out, long m, long h, long d,
-                     int threads) {
+template <class Number>
+void combine(const float *W, const Number *V, float *out, long m, long h, long d, int threads) {
   multiply<false>(W, V, m, h, d, threads, [&](long piece, const float *totals) {
     const long begin = piece * WIDTH;
     for (long i = 0; i < m; i++) {
@@ -132,6 +129,22 @@ void combine_float32(const float *W, const float *V, float *out, long m, long h,
     }
   });
 }
+
+} // namespace
+
+// Sizes: A (m, d), W (m, h), V (h, d).
+extern "C" {
+#define PRODUCTS_IN_PARTS(name, Number)                                                            \
+  void project_##name(const float *A, const Number *V, float *out, long m, long h, long d,         \
+                      int threads) {                                                               \
+    project(A, V, out, m, h, d, threads);                                                          \
+  }                                                                                                \
+  void combine_##name(const float *W, const Number *V, float *out, long m, long h, long d,         \
+                      int threads) {                                                               \
+    combine(W, V, out, m, h, d, threads);                                                          \
+  }
+PRODUCTS_IN_PARTS(float32, float)
+PRODUCTS_IN_PARTS(float16, Float16Number)
 }
 
 #endif

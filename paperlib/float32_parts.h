@@ -2,12 +2,14 @@
 //
 // Cut off after 8 digits, x leaves a remainder that is exact, and so does that one; the 8 digits
 // after those are the last there are. Of the nine products of the parts of two numbers the three
-// smallest are below the rounding of float32, and left out.
+// smallest are below the rounding of float32, and left out. A number of float16 has two parts.
 
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+#include <type_traits>
 
 #include "aligned_memory.h"
 #include "matrix_units.h"
@@ -16,11 +18,11 @@
 namespace {
 
 constexpr int PARTS = 3;
-constexpr int SLOTS = PARTS * (PARTS + 1) / 2; // products of parts that are made
-constexpr int WIDTH = 2 * SIDE;                // of two tiles side by side
-constexpr int PAIR = 2 * PARTS * TILE;         // those two, part by part
-constexpr int NUMBERS = STEP<Bfloat16>;        // in a step along the sums
-constexpr int RUN = 3;                         // steps for which a piece of V is at hand
+template <class Number> constexpr int PARTS_OF = std::is_same_v<Number, Float16Number> ? 2 : PARTS;
+constexpr int WIDTH = 2 * SIDE;         // of two tiles side by side
+constexpr int PAIR = 2 * PARTS * TILE;  // those two, part by part
+constexpr int NUMBERS = STEP<Bfloat16>; // in a step along the sums
+constexpr int RUN = 3;                  // steps for which a piece of V is at hand
 
 // ---- parts
 
@@ -36,8 +38,8 @@ inline Register side_by_side(Lanes a, Lanes b) {
   return _mm512_mask_blend_epi16(UPPER_HALVES, low, _mm512_castps_si512(b));
 }
 // A line of the parts of a tile: 16 numbers, each beside one that is summed with it.
-inline void split(Lanes a, Lanes b, int32_t *to) {
-  UNROLL for (int part = 0; part < PARTS; part++, to += 2 * TILE) {
+template <int COUNT = PARTS> inline void split(Lanes a, Lanes b, int32_t *to) {
+  UNROLL for (int part = 0; part < COUNT; part++, to += 2 * TILE) {
     store(to, side_by_side(a, b));
     a = _mm512_sub_ps(a, leading_digits(a));
     b = _mm512_sub_ps(b, leading_digits(b));
@@ -51,21 +53,31 @@ inline void split(Lanes a, Lanes b, int32_t *to) {
 struct Slot {
   int left, right;
 };
-constexpr Slot SLOT[SLOTS] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
+template <int LEFT_PARTS, int RIGHT_PARTS> struct Slots;
+template <> struct Slots<3, 3> {
+  static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
+};
+template <> struct Slots<2, 3> {
+  static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}};
+};
+template <> struct Slots<3, 2> {
+  static constexpr Slot SLOT[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}};
+};
 
 // Adds a step of products to the sums of LEFT by RIGHT tiles, which are in their registers.
 // `beside(slot)` is called after each product.
-template <int LEFT, int RIGHT, class Beside>
+template <int LEFT, int RIGHT, int LEFT_PARTS, int RIGHT_PARTS, class Beside>
 void add_step(const int32_t *left, const int32_t *right, Beside beside) {
+  using S = Slots<LEFT_PARTS, RIGHT_PARTS>;
   // The intrinsics take the numbers of tiles as they are written.
-  UNROLL for (int k = 0; k < SLOTS; k++) {
-    if (k == 0 || SLOT[k].left != SLOT[k - 1].left) {
-      const int32_t *tiles = left + SLOT[k].left * 2 * TILE;
+  UNROLL for (int k = 0; k < std::size(S::SLOT); k++) {
+    if (k == 0 || S::SLOT[k].left != S::SLOT[k - 1].left) {
+      const int32_t *tiles = left + S::SLOT[k].left * 2 * TILE;
       _tile_loadd(4, tiles, ROW_BYTES);
       if constexpr (LEFT == 2) _tile_loadd(5, tiles + TILE, ROW_BYTES);
     }
-    if (k == 0 || SLOT[k].right != SLOT[k - 1].right) {
-      const int32_t *tiles = right + SLOT[k].right * 2 * TILE;
+    if (k == 0 || S::SLOT[k].right != S::SLOT[k - 1].right) {
+      const int32_t *tiles = right + S::SLOT[k].right * 2 * TILE;
       _tile_loadd(6, tiles, ROW_BYTES);
       if constexpr (RIGHT == 2) _tile_loadd(7, tiles + TILE, ROW_BYTES);
     }
@@ -75,11 +87,13 @@ void add_step(const int32_t *left, const int32_t *right, Beside beside) {
 }
 
 // Steps of products, added to sums in memory.
-template <int LEFT, int RIGHT, class Left, class Right, class Beside>
+template <int LEFT, int RIGHT, int LEFT_PARTS, int RIGHT_PARTS, class Left, class Right,
+          class Beside>
 void add_steps(Left left, Right right, int steps, float *sums, Beside beside) {
   Sums<Bfloat16, LEFT, RIGHT>::read(sums, 2 * TILE);
   for (int k = 0; k < steps; k++) {
-    add_step<LEFT, RIGHT>(left(k), right(k), [&](int slot) { beside(k, slot); });
+    add_step<LEFT, RIGHT, LEFT_PARTS, RIGHT_PARTS>(left(k), right(k),
+                                                   [&](int slot) { beside(k, slot); });
   }
   Sums<Bfloat16, LEFT, RIGHT>::write(sums, 2 * TILE);
 }

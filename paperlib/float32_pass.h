@@ -12,7 +12,7 @@ namespace {
 
 // Lines of the cache that are asked for beside a product. A step reads two for each row of V; both
 // products go through the same rows, so each has half of them to ask for.
-constexpr int LINES_ASKED = parts_of(TURNS * LINES, SLOTS);
+constexpr int LINES_ASKED = parts_of(TURNS * LINES, std::size(Slots<PARTS, PARTS>::SLOT));
 
 // What comes next in memory.
 class Ahead {
@@ -90,7 +90,7 @@ private:
     settle();
     for (long step = 0; step < A.steps; step++) {
       const int32_t *right = A.at(step / RUN, 0) + step % RUN * PAIR;
-      add_step<2, RIGHT>(in_ring(step), right, [&](int slot) {
+      add_step<2, RIGHT, PARTS, PARTS>(in_ring(step), right, [&](int slot) {
         if (slot < TURNS && step + 1 < A.steps) {
           rows.split_lines(panel, step + 1, slot, in_ring(step + 1));
         }
@@ -105,7 +105,7 @@ private:
     for (long strip = 0; strip < columns.count; strip++, to += 4 * TILE) {
       Here::clear();
       settle();
-      add_step<LEFT, 2>(W.get(), in_ring(strip), [&](int slot) {
+      add_step<LEFT, 2, PARTS, PARTS>(W.get(), in_ring(strip), [&](int slot) {
         if (slot < TURNS && strip + 1 < columns.count) {
           columns.split_lines(strip + 1, panel, slot, in_ring(strip + 1));
         }
@@ -123,8 +123,8 @@ private:
   const FewRows<true> &A;
   const long h;
   const float *V;
-  const Pieces<true> rows;
-  const Pieces<false> columns;
+  const Pieces<true, float> rows;
+  const Pieces<false, float> columns;
   Memory<int32_t> ring, W;
   Memory<float> sums, totals;
   Ahead ahead;

@@ -14,11 +14,13 @@ constexpr int TURNS = 2 * SIDE / LINES; // .. of a step
 inline void prefetch(const void *p) { __asm__ volatile("prefetcht1 (%0)" ::"r"(p)); }
 
 // V as left tiles, its rows across the sums, or as right ones, its columns across them.
-template <bool LEFT> class Pieces {
+template <bool LEFT, class Number> class Pieces {
 public:
+  static constexpr int PARTS = PARTS_OF<Number>;
+  static constexpr int PAIR = 2 * PARTS * TILE;
   const long count;
 
-  Pieces(const float *V, long h, long d)
+  Pieces(const Number *V, long h, long d)
       : count(parts_of(LEFT ? h : d, WIDTH)), V(V), h(h), d(d) {}
 
   // Splits LINES of a step: 32 numbers of a row each, or 16 of two rows.
@@ -27,11 +29,11 @@ public:
     const int k = turn * LINES;
     to += k * SIDE;
     if (along + NUMBERS <= (LEFT ? d : h) && across + WIDTH <= (LEFT ? h : d)) {
-      const float *from = V + (LEFT ? (across + k) * d + along
+      const Number *from = V + (LEFT ? (across + k) * d + along
                                     : (along + k % SIDE) * d + across + k / SIDE * SIDE);
       const long beside = LEFT ? SIDE : SIDE * d;
       UNROLL for (int i = 0; i < LINES; i++, from += d, to += SIDE) {
-        split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + beside), to);
+        split<PARTS>(load(from, first(SIDE)), load(from + beside, first(SIDE)), to);
       }
       return;
     }
@@ -40,10 +42,10 @@ public:
   void ask(long piece, long step, int turn) const {
     const long along = step * NUMBERS, across = piece * WIDTH;
     const int k = turn * LINES;
-    const float *from = V + (LEFT ? (across + k) * d + along : (along + k) * d + across);
+    const Number *from = V + (LEFT ? (across + k) * d + along : (along + k) * d + across);
     UNROLL for (int i = 0; i < LINES; i++, from += d) {
       prefetch(from);
-      prefetch(from + SIDE);
+      if (sizeof(Number) * NUMBERS > 64) prefetch(from + SIDE);
     }
   }
 
@@ -53,15 +55,16 @@ private:
     const auto row = [&](long k) { return V + std::min(k, h - 1) * d; };
     const auto part = [&](long column) { return first(std::max<long>(0, d - column)); };
     if (LEFT) {
-      const float *from = row(across + line) + along;
-      split(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
+      const Number *from = row(across + line) + along;
+      split<PARTS>(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
     } else {
       const long column = across + line / SIDE * SIDE, k = along + line % SIDE;
-      split(load(row(k) + column, part(column)), load(row(k + SIDE) + column, part(column)), to);
+      const Lanes a = load(row(k) + column, part(column));
+      split<PARTS>(a, load(row(k + SIDE) + column, part(column)), to);
     }
   }
 
-  const float *V;
+  const Number *V;
   const long h, d;
 };
 

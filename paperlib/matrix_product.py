@@ -19,6 +19,7 @@ from torch import Tensor
 
 from paperlib import few_rows
 from paperlib.instructions import fast_kernels
+from paperlib.precision import arithmetic
 
 # Multiplications from which on oneDNN's kernel makes good for what calling it takes.
 WORTHWHILE = 8_000_000
@@ -29,9 +30,13 @@ FEW_ROWS, FEW_ROWS_DIMENSION = range(8, 64), 512
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
-    """A V^T, (m, h), for A of shape (m, d) and V of shape (h, d), of one dtype."""
+    """A V^T, (m, h), for A of shape (m, d) and V of shape (h, d), of one dtype.
+
+    Or V is in float16, and A in float32.
+    """
     if few_rows.takes(A, V):
         return few_rows.project(A, V)
+    V = V.to(arithmetic(V.dtype))
     linear = _kernel(A, V)
     if linear:
         return linear(A, V)
@@ -42,12 +47,13 @@ def project(A: Tensor, V: Tensor) -> Tensor:
 
 
 def combine(W: Tensor, V: Tensor) -> Tensor:
-    """W V, (m, d), for W of shape (m, h) and V of shape (h, d), of one dtype.
+    """W V, (m, d), for W of shape (m, h) and V of shape (h, d), with dtypes as above.
 
     Sums over features in bfloat16 come in float32, to be added to those of other tiles.
     """
     if few_rows.takes(W, V):
         return few_rows.combine(W, V)
+    V = V.to(arithmetic(V.dtype))
     linear = _kernel(W, V)
     product = linear(W, V.T) if linear else W @ V
     return product.float() if product.dtype == torch.bfloat16 else product

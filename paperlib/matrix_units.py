@@ -2,10 +2,11 @@
 
 They multiply bfloat16 some ten times as fast as vector instructions do, and whole numbers of 8 bits
 twenty times: for up to a hundred candidates, about as fast as the memory gives V. `few_rows.py` has
-products with V by them, `one_reading.py` a whole Gauss-Newton product.
+products with V by them, `one_reading.py` whole passes, `symmetric_product.py` V^T V.
 
 In float32 they multiply parts: a number is the sum of three of bfloat16, and six products of those
-are the one of float32, for which vector instructions take about twice as long.
+are the one of float32, for which vector instructions take about twice as long. A number of float16
+is the sum of two, and five products are enough.
 """
 
 from __future__ import annotations

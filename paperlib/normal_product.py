@@ -47,7 +47,7 @@ class NormalProduct:
 
     def add(self, block: RandomFeatureBlock, activations: Given | TwoSlopes) -> None:
         """Add a tile, given its features and slopes, or what both follow from."""
-        n, V = self.n, block.weights
+        n, V = self.n, block.stored
         if block.in_int8 and self.rounded is None:
             self.rounded = Int8Rows.of(self.sent)
         sent = self.rounded if block.in_int8 else self.sent
@@ -92,7 +92,7 @@ class NormalProduct:
         self, block: RandomFeatureBlock, U: Tensor, activations: Given | TwoSlopes
     ) -> None:
         """The same from U on, by the kernel for one output."""
-        V = block.weights
+        V = block.stored
         alpha, da, linear = self._numbers(block)
         scales = V.scale if block.in_int8 else None
         W, Ha = between_products.turn(U, activations, alpha, da, linear=linear, scales=scales)

@@ -87,15 +87,15 @@ class SecondMoment:
         sent = Int8Rows.of(rows) if self.dtype == torch.int8 else rows.to(self.dtype)
         for block in self.model.blocks(dtype=self.dtype):
             part = slice(block.start, block.stop)
-            if C == 1 and one_reading.takes_pass(sent, block.weights):
-                moment = one_reading.second_moment(sent, block.weights, self.centred[0, part])
+            if C == 1 and one_reading.takes_pass(sent, block.stored):
+                moment = one_reading.second_moment(sent, block.stored, self.centred[0, part])
                 total.add(moment, block.stop - block.start)
                 continue
             U = block.project(rows)
             U = U if shared else U.view(C, q, -1)
             weighted = self.centred[:, None, part].to(U.dtype) * U
             # Products with Y, whose entries differ much, are too coarse in 8 bits.
-            combine = block.weights.combine_sharp if block.in_int8 else block.combine
+            combine = block.stored.combine_sharp if block.in_int8 else block.combine
             total.add(combine(weighted.flatten(0, 1)), block.stop - block.start)
         self.passes += 2
         product = total.total

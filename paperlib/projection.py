@@ -160,7 +160,7 @@ class Linearization:
         for block in model.blocks(dtype=self.dtype):
             slopes = None if measured or self.keep == PRODUCTS else self._slopes(block, low)
             if slopes:
-                inputs, features, through = one_reading.forward(low, block.weights, *slopes)
+                inputs, features, through = one_reading.forward(low, block.stored, *slopes)
                 state = None  # neither measured nor kept
                 cross.add(through, block.stop - block.start)
             else:
@@ -205,7 +205,7 @@ class Linearization:
         """
         if self.lift is None or len(self.theta) > 1:
             return None
-        if self.theta.dtype != torch.float32 or not one_reading.takes_pass(X, block.weights):
+        if self.theta.dtype != torch.float32 or not one_reading.takes_pass(X, block.stored):
             return None
         return block.two_slopes(lifted=True)
 
@@ -227,7 +227,7 @@ class Linearization:
             if inputs is not None:
                 E, back = one_reading.backward(
                     linear,
-                    block.weights,
+                    block.stored,
                     TwoSlopes(inputs, *slopes),
                     self.theta[0, part],
                     alpha[:, 0],

@@ -9,10 +9,17 @@ from paperlib.activations import Activation
 from paperlib.feature_map import FeatureBlock
 from paperlib.int8 import Int8Rows
 from paperlib.matrix_product import combine, project
+from paperlib.precision import arithmetic
 
 
 class RandomFeatureBlock(FeatureBlock):
-    """The features act(v_k . x) of a range of rows v_k."""
+    """The features act(v_k . x) of a range of rows v_k.
+
+    Attributes:
+        start: the first feature.
+        stop: one after the last.
+        stored: V as it is kept, (h, d). Kernels multiply float16 as it is.
+    """
 
     def __init__(
         self, start: int, weights: Tensor | Int8Rows, activation: Activation, linear: float
@@ -20,7 +27,7 @@ class RandomFeatureBlock(FeatureBlock):
         """Hold rows start, .. of V, shape (h, d)."""
         self.start = start
         self.stop = start + len(weights)
-        self.weights = weights
+        self.stored = weights
         self.activation = activation
         self.linear = linear
 
@@ -34,22 +41,27 @@ class RandomFeatureBlock(FeatureBlock):
 
     def project(self, A: Tensor) -> Tensor:
         """A V^T, (m, h), for A of shape (m, d)."""
-        V = self.weights
-        A = A.to(V.dtype)
+        V = self.stored
+        A = A.to(arithmetic(V.dtype))
         return V.project(A) if self.in_int8 else project(A, V)
 
     def combine(self, W: Tensor) -> Tensor:
         """W V, (m, d), for W of shape (m, h)."""
-        return self.weights.combine(W) if self.in_int8 else combine(W, self.weights)
+        return self.stored.combine(W) if self.in_int8 else combine(W, self.stored)
+
+    @property
+    def weights(self) -> Tensor | Int8Rows:
+        """V in the format of the arithmetic: a copy, where it is stored in float16."""
+        return self.stored if self.in_int8 else self.stored.to(arithmetic(self.stored.dtype))
 
     @property
     def in_int8(self) -> bool:
         """Whether the rows of V are rounded to 8 bits."""
-        return isinstance(self.weights, Int8Rows)
+        return isinstance(self.stored, Int8Rows)
 
     def activate(self, inputs: Tensor, *, lifted: bool = False) -> tuple[Tensor, Tensor]:
         """Features act(u), (n, h), and the slopes act'(u), (n, h), as state."""
-        U = inputs.to(self.weights.dtype)
+        U = inputs.to(arithmetic(self.stored.dtype))
         features, slope = self.activation.value(U), self.activation.slope(U)
         if lifted:
             features = torch.sub(features, U, alpha=self.linear)
@@ -74,4 +86,4 @@ class RandomFeatureBlock(FeatureBlock):
     def slope_gram(self, state: Tensor) -> Tensor:
         """sum_k act'(u_ik) act'(u_jk) ||v_k||^2 / d, with ||v_k||^2 at its mean, 1."""
         S = state if state.dtype == torch.float64 else state.float()
-        return S @ S.T / self.weights.shape[1]
+        return S @ S.T / self.stored.shape[1]

@@ -28,7 +28,7 @@ PLACEMENTS = ("auto", "resident", "streamed")
 
 # On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
 # of a pass finds in the cache what the first has read. On a GPU the whole block is one tile, and
-# for matrix units, whose kernels cut it themselves; not what has to be widened first.
+# for matrix units, whose kernels cut it themselves.
 TILE_BYTES = 2**24
 LEAST_TILE_ROWS = 256
 # A tile in int8 has so many times the rows.
@@ -39,8 +39,8 @@ def tile_rows(
     device: torch.device, dtype: torch.dtype, d: int, block_rows: int, *, own: torch.dtype
 ) -> int:
     """Rows of V (p, d) of a tile in `dtype`, at most `block_rows`, for a model of dtype `own`."""
-    units = (*matrix_units.FORMATS, torch.float32)
-    if device.type != "cpu" or (dtype in units and matrix_units.available()):
+    units = dtype != torch.float64 and matrix_units.available()
+    if device.type != "cpu" or units:
         return block_rows
     rows = TILE_BYTES // (bytes_of(own, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
     rows = max(rows, LEAST_TILE_ROWS) * (INT8_ROWS if dtype == torch.int8 else 1)
@@ -204,7 +204,11 @@ class RandomFeatures(FeatureMap):
         V is rounded to `dtype` and stored in it, and handed out in the format of the arithmetic
         that goes with it: float32 for float16, `Int8Rows` for int8.
         """
-        dtype = self.dtype if dtype is None else dtype
+        for first, tile in self._stored_tiles(self.dtype if dtype is None else dtype):
+            yield first, tile if isinstance(tile, Int8Rows) else tile.to(arithmetic(tile.dtype))
+
+    def _stored_tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | Int8Rows]]:
+        """The same as they are stored."""
         if dtype not in self._resident and self.keeps(dtype):
             self._resident[dtype] = [V for _, V in self._fresh_blocks(dtype)]
         if dtype in self._resident:
@@ -214,7 +218,7 @@ class RandomFeatures(FeatureMap):
         rows = self.tile_rows(dtype)
         for first, V in blocks:
             for tile in V.split(rows):
-                yield first, tile if dtype == torch.int8 else tile.to(arithmetic(dtype))
+                yield first, tile
                 first += len(tile)
 
     def _fresh_blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | Int8Rows]]:
@@ -251,7 +255,7 @@ class RandomFeatures(FeatureMap):
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """Blocks of `tile_rows` features each."""
-        for start, V in self.weight_blocks(dtype=dtype):
+        for start, V in self._stored_tiles(self.dtype if dtype is None else dtype):
             yield RandomFeatureBlock(start, V, self.activation, self.linear_coefficient)
 
     def describe(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ struct InFloat32 {
     split(load(a, there), load(b, too), to);
   }
   static void add(const int32_t *left, const int32_t *right) {
-    add_step<2, 2>(left, right, [](int) {});
+    add_step<2, 2, PARTS, PARTS>(left, right, [](int) {});
   }
 };
 

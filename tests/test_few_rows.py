@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import paperlib
-from paperlib import few_rows
+from paperlib import few_rows, matrix_product
 from paperlib.few_rows import BOUNDS, MOST_SHIFTED_TERMS, SOURCE, WORTHWHILE
 from paperlib.instructions import fast_kernels
 
@@ -89,6 +89,37 @@ def test_nor_on_the_number_of_threads(dtype, threads):
         assert torch.equal(together, combined)
     else:  # each thread sums over rows of its own
         assert error(together, combined.double()) < 1e-6
+
+
+IN_FLOAT16 = [*SHAPES[::7], (3, 700, 512), (31, 257, 640), (33, 70, 500), (140, 300, 97)]
+
+
+@pytest.mark.skipif(not IN_PARTS, reason="needs matrix units")
+@pytest.mark.parametrize("shape", IN_FLOAT16)
+def test_float16_is_multiplied_as_it_is(shape, monkeypatch):
+    """Beside numbers of 1, among them some that float16 holds as subnormal ones."""
+    A, W, V = factors(torch.float32, *shape)
+    V = torch.cat([V[:1], V[1:] * 1e-6]).half()
+    monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+    source = few_rows.matrix_units.PARTS_SOURCE
+    all_sizes = BOUNDS[source]._replace(least_dimension=1, share=100)
+    monkeypatch.setitem(few_rows.BOUNDS, source, all_sizes)
+    assert few_rows.takes(A, V) and not few_rows.takes(A.half(), V)
+    for found, exact in (
+        (matrix_product.project(A, V), A.double() @ V.double().T),
+        (matrix_product.combine(W, V), W.double() @ V.double()),
+    ):
+        assert found.dtype == torch.float32 and error(found, exact) < 1e-6
+    tail = matrix_product.project(A, V)[:, 1:]
+    assert error(tail, A.double() @ V[1:].double().T) < 1e-6
+
+
+def test_float16_is_widened_where_no_kernel_takes_it(monkeypatch):
+    A, W, V = factors(torch.float32, 5, 300, 200)
+    V = V.half()
+    monkeypatch.setattr(few_rows, "takes", lambda A, V: False)
+    assert error(matrix_product.project(A, V), A.double() @ V.double().T) < 1e-6
+    assert error(matrix_product.combine(W, V), W.double() @ V.double()) < 1e-6
 
 
 def test_largest_sums_of_whole_numbers_do_not_overflow():

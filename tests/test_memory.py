@@ -225,6 +225,7 @@ def test_v_stored_in_float16_is_v_rounded_once():
     assert {V.dtype for _, V in tiles} == {torch.float32}  # widened for the product
     assert torch.equal(torch.cat([V for _, V in tiles]), exact.V.half().float())
     assert stored.holds(torch.float16) and not stored.holds(torch.float32)
+    assert {block.stored.dtype for block in stored.blocks(dtype=torch.float16)} == {torch.float16}
     kept = sum(V.numel() * V.element_size() for V in stored._resident[torch.float16])
     assert kept == memory.predicted_bytes(stored, 3, 1, FLOAT16)["weights"] / 2 == 400_000
 
@@ -238,11 +239,11 @@ def test_tiles_fit_the_cache_and_cover_v(monkeypatch):
     assert starts == [(0, 1280), (1280, 1280), (2560, 440)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_blocks_for_matrix_units_are_whole_unless_they_are_widened(dtype, monkeypatch):
+def test_blocks_for_matrix_units_are_whole(monkeypatch):
     monkeypatch.setattr(paperlib.matrix_units, "available", lambda: True)
     model = paperlib.RandomFeatures(3072, 10_000)
-    assert model.tile_rows(dtype) == 8192 and model.tile_rows(torch.float16) == 1280
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+        assert model.tile_rows(dtype) == 8192
     assert paperlib.RandomFeatures(3072, 9000, dtype=torch.float64).tile_rows(torch.float64) == 512
 
 
