@@ -7,8 +7,9 @@ Each product of r rows with V (2 r p d operations; n rows for the candidates and
 part) has two floors: its operations over the rate of a large square matrix product, and one reading
 of V over the bandwidth of a large sum. The larger of the two floors over the time measured is its
 efficiency, 1 at best. All in one run, with the kernels of this package where the machine has them,
-and with the libraries of torch alone. int8 is for the Gauss-Newton product alone. `--avx2` leaves
-AVX-512 unused, as on processors that do not have it.
+and with the libraries of torch alone. int8 is for the Gauss-Newton product alone. V^T V of the lift
+is symmetric: p d^2 operations, whatever n is. `--avx2` leaves AVX-512 unused, as on processors that
+do not have it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pandas
 import torch
 
 import paperlib
-from paperlib import between_products, few_rows, matrix_units
+from paperlib import between_products, few_rows, matrix_units, symmetric_product
 from paperlib.int8 import multiply
 from paperlib.lift import Lift
 from paperlib.matrix_product import combine
@@ -39,7 +40,7 @@ from paperlib.results import save_table
 
 SIDE = 2048
 
-LINEARIZE, PRODUCT = "linearize", "Gauss-Newton product"
+LINEARIZE, PRODUCT, GRAM = "linearize", "Gauss-Newton product", "V^T V"
 
 # Rounds in which each work is done once, after one that does not count.
 ROUNDS = 12
@@ -93,12 +94,13 @@ def libraries_alone() -> Iterator[None]:
     with (
         mock.patch.object(few_rows, "takes", never),
         mock.patch.object(between_products, "takes", never),
+        mock.patch.object(symmetric_product, "takes", never),
     ):
         yield
 
 
-def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
-    """Rows for linearising and for the Gauss-Newton product, by each kind of kernel."""
+def measure(n: int | None, p: int, d: int, dtype: torch.dtype, device: str) -> list[dict]:
+    """Rows for linearising and for the Gauss-Newton product, or V^T V, by each kind of kernel."""
     works: dict[Hashable, Callable[[], object]] = {}
     ways = square_products(dtype, device)
     works |= dict(enumerate(ways))
@@ -109,8 +111,11 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
     if device == "cpu" and few_rows.available(dtype):
         kinds = {"own": nullcontext} | kinds
     for kernels, context in kinds.items():
-        for product, work in products(n, p, d, dtype, device, context).items():
-            works[kernels, product] = work
+        if n is None:
+            works[kernels, GRAM] = gram(p, d, dtype, device, context)
+        else:
+            for product, work in products(n, p, d, dtype, device, context).items():
+                works[kernels, product] = work
     took = least_seconds(works)
     rate = 2 * SIDE**3 / min(took[way] for way in range(len(ways)))
     bandwidth = 4 * len(long) / took["read"]
@@ -119,7 +124,10 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
     rows = []
     for kernels, product in (name for name in works if isinstance(name, tuple)):
         # Rows that are multiplied with V, and readings of V.
-        multiplied, readings = (3 * n + 1, 2) if product == LINEARIZE else (2 * (n + 1), 1)
+        if product == GRAM:
+            multiplied, readings = d / 2, 1
+        else:
+            multiplied, readings = (3 * n + 1, 2) if product == LINEARIZE else (2 * (n + 1), 1)
         seconds = took[kernels, product]
         operations, read = 2 * multiplied * p * d, size * p * d * readings
         rows.append(
@@ -140,6 +148,26 @@ def measure(n: int, p: int, d: int, dtype: torch.dtype, device: str) -> list[dic
             }
         )
     return rows
+
+
+def gram(
+    p: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    context: Callable[[], AbstractContextManager],
+) -> Callable[[], object]:
+    """V^T V, made within a context."""
+    model, _ = problem(p, d, device)
+    device = model.device
+
+    def make() -> None:
+        with context():
+            total = symmetric_product.SymmetricSum(d, device=device)
+            for _, V in model.weight_blocks(dtype=dtype):
+                total.add(V, V)
+
+    return make
 
 
 def products(
@@ -218,7 +246,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     for dtype in (getattr(torch, name) for name in options.dtypes):
-        for n in options.n:
+        for n in options.n if dtype == torch.int8 else [*options.n, None]:
             rows += measure(n, options.p, options.d, dtype, options.device)
             if options.out:
                 save_table(pandas.DataFrame(rows), options.out)
