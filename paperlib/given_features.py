@@ -53,14 +53,19 @@ class GivenFeatures(FeatureMap):
         self._copies: dict[torch.dtype, Tensor] = {self.dtype: self.V}
 
     def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Pairs (first row, rows of V) in order."""
+        """Pairs (first row, rows of V) in order, in the format of the arithmetic."""
+        for start, rows in self._stored_tiles(dtype):
+            yield start, rows.to(arithmetic(rows.dtype))
+
+    def _stored_tiles(self, dtype: torch.dtype | None) -> Iterator[tuple[int, Tensor]]:
+        """The same as they are stored."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in self._copies:
             self._copies[dtype] = self.V.to(dtype)
         height = tile_rows(self.device, dtype, self.d, self.block_rows, own=self.dtype)
         starts = range(0, self.p, height)
         for start, rows in zip(starts, self._copies[dtype].split(height), strict=True):
-            yield start, rows.to(arithmetic(dtype))
+            yield start, rows
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; its own dtype stays."""
@@ -69,7 +74,7 @@ class GivenFeatures(FeatureMap):
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """Blocks of at most `block_rows` features each."""
-        for start, V in self.weight_blocks(dtype=dtype):
+        for start, V in self._stored_tiles(dtype):
             yield GivenFeatureBlock(start, V, self.activation, self.linear_coefficient)
 
     def describe(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from paperlib import matrix_units
 from paperlib.checks import check_rows
 from paperlib.given_features import GivenFeatures
 from paperlib.min_norm import fit_min_norm
@@ -293,13 +294,23 @@ def test_given_features_are_random_features_with_those_weights():
     assert torch.equal(given.V, rf.V)
 
 
-def test_given_features_come_in_tiles_that_fit_the_cache():
+def test_given_features_come_in_tiles_that_fit_the_cache(monkeypatch):
+    monkeypatch.setattr(matrix_units, "available", lambda: False)
     V = torch.randn(700, 30_000)
     tiles = list(GivenFeatures(V).weight_blocks())
     assert [start for start, _ in tiles] == [0, 256, 512]
     assert torch.equal(torch.cat([rows for _, rows in tiles]), V)
     lower = GivenFeatures(V, block_rows=100).weight_blocks()
     assert [len(rows) for _, rows in lower] == 7 * [100]
+
+
+def test_given_features_are_multiplied_as_they_are_stored():
+    model = GivenFeatures(torch.randn(70, 30))
+    (block,) = model.blocks(dtype=torch.float16)
+    ((_, V),) = model.weight_blocks(dtype=torch.float16)
+    assert block.stored.dtype == torch.float16 and V.dtype == torch.float32
+    assert torch.equal(V, model.V.half().float()) and torch.equal(block.weights, V)
+    torch.testing.assert_close(block.project(torch.ones(1, 30)), V.sum(1)[None])
 
 
 def test_given_weights_of_any_length_have_exact_slope_gram():
