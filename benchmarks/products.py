@@ -15,6 +15,7 @@ do not have it.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -42,28 +43,36 @@ SIDE = 2048
 
 LINEARIZE, PRODUCT, GRAM = "linearize", "Gauss-Newton product", "V^T V"
 
-# Rounds in which each work is done once, after one that does not count.
-ROUNDS = 12
+# Rounds, and for how long each work is done in one.
+ROUNDS = 10
+LEAST_SECONDS = 0.15
 
 
 def least_seconds(works: Mapping[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
     """The least seconds of each work, the device waited for.
 
-    Other processes can only add to them, and on a machine with neighbours they do, for minutes:
-    so the works take turns. On one CPU thread these are processor seconds.
+    Other processes can only add to them, and on a machine with neighbours they do, for seconds and
+    for minutes: so the works take turns, and short ones are done again and again, lest a moment of
+    quiet be enough for these alone. On one CPU thread these are processor seconds.
     """
     alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
 
-    def once(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object], times: int) -> float:
         begun = clock()
-        work()
+        for _ in range(times):
+            work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return clock() - begun
+        return (clock() - begun) / times
 
-    rounds = [{name: once(work) for name, work in works.items()} for _ in range(ROUNDS + 1)]
-    return {name: min(found[name] for found in rounds[1:]) for name in works}
+    for work in works.values():
+        work()  # what is made when it is first needed does not count
+    times = {name: math.ceil(LEAST_SECONDS / seconds(work, 1)) for name, work in works.items()}
+    rounds = [
+        {name: seconds(work, times[name]) for name, work in works.items()} for _ in range(ROUNDS)
+    ]
+    return {name: min(found[name] for found in rounds) for name in works}
 
 
 def square_products(dtype: torch.dtype, device: str) -> list[Callable[[], object]]:

@@ -64,8 +64,7 @@ class GivenFeatures(FeatureMap):
             self._copies[dtype] = self.V.to(dtype)
         height = tile_rows(self.device, dtype, self.d, self.block_rows, own=self.dtype)
         starts = range(0, self.p, height)
-        for start, rows in zip(starts, self._copies[dtype].split(height), strict=True):
-            yield start, rows
+        yield from zip(starts, self._copies[dtype].split(height), strict=True)
 
     def release(self, dtype: torch.dtype) -> None:
         """Forget the copy of V in that dtype; its own dtype stays."""
