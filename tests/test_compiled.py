@@ -13,7 +13,7 @@ from paperlib import compiled, few_rows
 from paperlib.compiled import cache_folder, library
 
 SOURCE = few_rows.SOURCE
-SOURCES = sorted(path.name for path in Path(compiled.__file__).parent.glob("*.cpp"))
+SOURCES = sorted(Path(compiled.__file__).parent.glob("*.cpp"))
 
 needs_compiler = pytest.mark.skipif(
     not few_rows.available(torch.float32), reason="needs AVX2 and a C++ compiler"
@@ -50,11 +50,12 @@ def test_what_was_compiled_is_found_again(monkeypatch, tmp_path):
 
 @needs_compiler
 @pytest.mark.skipif(compiled._compiler() is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("source", SOURCES)
-def test_all_sources_compile(source, recwarn):
-    """A kernel that does not compile is left out, and what tests it is skipped."""
-    assert compiled.library(source) is not None
-    assert not recwarn.list
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_all_sources_compile(source):
+    """A kernel that does not is left out, and what tests it is skipped."""
+    command = [*compiled._compiler(), *compiled.FLAGS, "-fsyntax-only", str(source)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
 
 
 def test_another_processor_compiles_for_itself(monkeypatch):
