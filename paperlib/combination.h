@@ -123,16 +123,18 @@ template <class Sums> void add_up(const Sums *const *sums, int threads, float *o
   }
 }
 
-// What is done with a chunk of V: features `begin`, .., of which there are `count`. V goes into the
-// order of right tiles, and W, as it goes back through V, has rows `apart` from one another; in
-// 8 bits they may have scales.
-template <class F> struct Work {
+// Features `begin`, .., of which there are `count`. W, as it goes back through V, has rows `apart`
+// from one another; in 8 bits they may have scales.
+template <class Number> struct Range {
   const long begin, count, apart;
-  Chunk<F> &V;
-  typename F::number *W;
+  Number *W;
   float *scales;
 
-  typename F::number *w(long i) const { return W + i * apart; }
+  Number *w(long i) const { return W + i * apart; }
+};
+// What is done with a chunk of V: it goes into the order of right tiles.
+template <class F> struct Work : Range<typename F::number> {
+  Chunk<F> &V;
 };
 
 // Adds W V to out, m rows to its (height, d), chunk by chunk of the h rows of V. Every thread calls
@@ -153,7 +155,7 @@ void add_chunks(long m, float *out, long height, long h, long d, int threads, co
 #pragma omp for schedule(static)
     for (long first = 0; first < h; first += chunk) {
       const long count = std::min(chunk, h - first);
-      work(Work<F>{first, count, chunk, mine.V, W.get(), scales.get()});
+      work(Work<F>{{first, count, chunk, W.get(), scales.get()}, mine.V});
       mine.add(W.get(), scales.get(), count);
     }
     add_up(all_sums, omp_get_num_threads(), out, height);

@@ -25,7 +25,7 @@ struct Place {
 // sums of each, four tiles for a pair of tiles of the few rows.
 template <bool V_LEFT, class Number, class Finish>
 void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Finish finish) {
-  constexpr int OF_V = PARTS_OF<Number>, V_PAIR = Pieces<V_LEFT, Number>::PAIR;
+  constexpr int OF_V = PARTS_OF<Number>, V_PAIR = PAIR_OF<Number>;
   const long me = omp_get_thread_num(), threads = omp_get_num_threads();
   const long begin = me * V.count / threads, end = (me + 1) * V.count / threads;
   const long sums = rows.pairs * 4 * TILE; // of a piece
@@ -106,11 +106,7 @@ void project(const float *A, const Number *V, float *out, long m, long h, long d
     for (long i = 0; i < m; i += SIDE) {
       const float *tile = totals + i / WIDTH * 4 * TILE + i % WIDTH / SIDE * TILE;
       for (long k = begin; k < std::min(h, begin + WIDTH); k += SIDE, tile += 2 * TILE) {
-        Lanes columns[SIDE];
-        transpose(tile, columns);
-        for (long j = i; j < std::min(m, i + SIDE); j++) {
-          store(out + j * h + k, columns[j - i], first(h - k));
-        }
+        put_columns(tile, out + i * h + k, h, m - i, first(h - k));
       }
     }
   });

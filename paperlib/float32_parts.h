@@ -18,9 +18,13 @@
 namespace {
 
 constexpr int PARTS = 3;
-template <class Number> constexpr int PARTS_OF = std::is_same_v<Number, Float16Number> ? 2 : PARTS;
-constexpr int WIDTH = 2 * SIDE;         // of two tiles side by side
-constexpr int PAIR = 2 * PARTS * TILE;  // those two, part by part
+template <class Number>
+constexpr int PARTS_OF = std::is_same_v<Number, Bfloat16Number>  ? 1
+                         : std::is_same_v<Number, Float16Number> ? 2
+                                                                 : PARTS;
+constexpr int WIDTH = 2 * SIDE; // of two tiles side by side
+template <class Number> constexpr int PAIR_OF = 2 * PARTS_OF<Number> * TILE; // part by part
+constexpr int PAIR = PAIR_OF<float>;
 constexpr int NUMBERS = STEP<Bfloat16>; // in a step along the sums
 constexpr int RUN = 3;                  // steps for which a piece of V is at hand
 
@@ -54,6 +58,9 @@ struct Slot {
   int left, right;
 };
 template <int LEFT_PARTS, int RIGHT_PARTS> struct Slots;
+template <> struct Slots<1, 1> {
+  static constexpr Slot SLOT[] = {{0, 0}};
+};
 template <> struct Slots<3, 3> {
   static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 };
@@ -98,6 +105,14 @@ void add_steps(Left left, Right right, int steps, float *sums, Beside beside) {
   Sums<Bfloat16, LEFT, RIGHT>::write(sums, 2 * TILE);
 }
 
+// Sums of sums lose fewer digits than one long sum.
+template <int TILES> void add_tiles(const float *found, float *sums) {
+  for (int k = 0; k < TILES * TILE; k += SIDE) {
+    const Lanes more = _mm512_load_ps(found + k);
+    _mm512_store_ps(sums + k, _mm512_add_ps(_mm512_load_ps(sums + k), more));
+  }
+}
+
 // ---- the factor of few rows
 
 // m rows of some length in parts: run by run, and there one pair of tiles after another. Right
@@ -137,13 +152,7 @@ public:
 
 private:
   static void put(const int32_t *lines, int32_t *tile) {
-    if (!RIGHT) {
-      std::memcpy(tile, lines, TILE * sizeof(*tile));
-      return;
-    }
-    Lanes columns[SIDE];
-    transpose((const float *)lines, columns);
-    UNROLL for (int k = 0; k < SIDE; k++) store(tile + k * SIDE, _mm512_castps_si512(columns[k]));
+    RIGHT ? turn(lines, tile) : (void)std::memcpy(tile, lines, TILE * sizeof(*tile));
   }
 
   Memory<int32_t> parts;

@@ -51,11 +51,8 @@ public:
     A.m > SIDE ? project<2>(panel) : project<1>(panel);
     for (long i = 0; i < A.m; i += SIDE) {
       for (long k = 0; k < count; k += SIDE) {
-        Lanes turned[SIDE];
-        transpose(sums.get() + (k / SIDE * 2 + i / SIDE) * TILE, turned);
-        for (long j = i; j < std::min(A.m, i + SIDE); j++) {
-          store(out + j * apart + k, turned[j - i], first(count - k));
-        }
+        const float *tile = sums.get() + (k / SIDE * 2 + i / SIDE) * TILE;
+        put_columns(tile, out + i * apart + k, apart, A.m - i, first(count - k));
       }
     }
   }
@@ -112,11 +109,7 @@ private:
         ahead.ask();
       });
       Here::write(sums.get(), 2 * TILE);
-      // Sums of sums lose fewer digits than one long sum.
-      for (int k = 0; k < LEFT * 2 * TILE; k += SIDE) {
-        const Lanes more = _mm512_load_ps(sums.get() + k);
-        _mm512_store_ps(to + k, _mm512_add_ps(_mm512_load_ps(to + k), more));
-      }
+      add_tiles<LEFT * 2>(sums.get(), to);
     }
   }
 

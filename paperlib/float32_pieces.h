@@ -16,8 +16,6 @@ inline void prefetch(const void *p) { __asm__ volatile("prefetcht1 (%0)" ::"r"(p
 // V as left tiles, its rows across the sums, or as right ones, its columns across them.
 template <bool LEFT, class Number> class Pieces {
 public:
-  static constexpr int PARTS = PARTS_OF<Number>;
-  static constexpr int PAIR = 2 * PARTS * TILE;
   const long count;
 
   Pieces(const Number *V, long h, long d)
@@ -33,7 +31,7 @@ public:
                                     : (along + k % SIDE) * d + across + k / SIDE * SIDE);
       const long beside = LEFT ? SIDE : SIDE * d;
       UNROLL for (int i = 0; i < LINES; i++, from += d, to += SIDE) {
-        split<PARTS>(load(from, first(SIDE)), load(from + beside, first(SIDE)), to);
+        split<PARTS_OF<Number>>(load(from, first(SIDE)), load(from + beside, first(SIDE)), to);
       }
       return;
     }
@@ -56,11 +54,11 @@ private:
     const auto part = [&](long column) { return first(std::max<long>(0, d - column)); };
     if (LEFT) {
       const Number *from = row(across + line) + along;
-      split<PARTS>(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
+      split<PARTS_OF<Number>>(load(from, part(along)), load(from + SIDE, part(along + SIDE)), to);
     } else {
       const long column = across + line / SIDE * SIDE, k = along + line % SIDE;
       const Lanes a = load(row(k) + column, part(column));
-      split<PARTS>(a, load(row(k + SIDE) + column, part(column)), to);
+      split<PARTS_OF<Number>>(a, load(row(k + SIDE) + column, part(column)), to);
     }
   }
 

@@ -17,17 +17,12 @@
 
 namespace {
 
-// Features `begin`, .., of which there are `count`, with U = A V^T known and W to be made; rows of
-// both lie `apart` from one another. In 8 bits those of W have scales.
-template <class Number> struct Between {
-  const long begin, count, apart;
+// A range whose U = A V^T is known, rows as far apart as those of W, which is to be made.
+template <class Number> struct Between : Range<Number> {
   const float *U;
-  Number *W;
-  float *scales;
 
-  const float *u(long i) const { return U + i * apart; }
-  Number *w(long i) const { return W + i * apart; }
-  float *scale(long i) const { return scales ? scales + i : nullptr; }
+  const float *u(long i) const { return U + i * this->apart; }
+  float *scale(long i) const { return this->scales ? this->scales + i : nullptr; }
 };
 
 // Adds W V to out, m rows to its (height, d), for the W that `turn` makes of A V^T.
@@ -43,8 +38,7 @@ void pass_in_chunks(const typename F::number *A, long sent, const typename F::nu
         const long rows = std::clamp<long>(here.count - k, 0, PANEL);
         projection.add(V + (here.begin + k) * d, rows, U.get() + k, here.apart, &here.V, k);
       }
-      turn(Between<typename F::number>{here.begin, here.count, here.apart, U.get(), here.W,
-                                       here.scales});
+      turn(Between<typename F::number>{here, U.get()});
     };
   });
 }
@@ -72,7 +66,7 @@ void pass_in_parts(const float *A, long sent, const float *V, long m, float *out
       const long begin = panel * WIDTH, count = std::min<long>(WIDTH, h - begin);
       mine.ask_after(panel, end);
       mine.project(panel, count, U.get(), WIDTH);
-      turn(Between<float>{begin, count, WIDTH, U.get(), W.get(), nullptr});
+      turn(Between<float>{{begin, count, WIDTH, W.get(), nullptr}, U.get()});
       mine.combine(panel, count, W.get(), WIDTH);
     }
 #pragma omp barrier

@@ -148,12 +148,8 @@ public:
       }
       for (long i = b * SIDE; i < std::min(A.m, (b + 2) * SIDE); i += SIDE) {
         for (int k = 0; k < rows; k += SIDE) {
-          Lanes columns[SIDE];
-          transpose(sums.get() + ((k / SIDE) * 2 + i / SIDE - b) * TILE, columns);
-          const Part part = first(rows - k);
-          for (long j = i; j < std::min(A.m, i + SIDE); j++) {
-            store(out + j * apart + k, columns[j - i], part);
-          }
+          const auto *tile = sums.get() + ((k / SIDE) * 2 + i / SIDE - b) * TILE;
+          put_columns(tile, out + i * apart + k, apart, A.m - i, first(rows - k));
         }
       }
     }

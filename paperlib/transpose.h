@@ -1,6 +1,8 @@
-// A tile of sums, turned.
+// A tile, turned.
 
 #pragma once
+
+#include <algorithm>
 
 #include "matrix_units.h"
 
@@ -30,6 +32,21 @@ template <class Sum> void transpose(const Sum *tile, Lanes *out) {
     out[k + 8] = _mm512_shuffle_f32x4(low, next_low, 0xdd);
     out[k + 12] = _mm512_shuffle_f32x4(high, next_high, 0xdd);
   }
+}
+
+// The same as rows that lie `apart`: as many as there are, at most all of them.
+template <class Sum, class Out>
+void put_columns(const Sum *tile, Out *out, long apart, long rows, Part part) {
+  Lanes columns[SIDE];
+  transpose(tile, columns);
+  for (long j = 0; j < std::min<long>(rows, SIDE); j++) store(out + j * apart, columns[j], part);
+}
+
+// A right tile as a left one, or the other way round.
+inline void turn(const int32_t *tile, int32_t *out) {
+  Lanes columns[SIDE];
+  transpose((const float *)tile, columns);
+  UNROLL for (int k = 0; k < SIDE; k++) store(out + k * SIDE, _mm512_castps_si512(columns[k]));
 }
 
 } // namespace
