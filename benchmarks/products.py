@@ -168,11 +168,10 @@ def gram(
 ) -> Callable[[], object]:
     """V^T V, made within a context."""
     model, _ = problem(p, d, device)
-    device = model.device
 
     def make() -> None:
         with context():
-            total = symmetric_product.SymmetricSum(d, device=device)
+            total = symmetric_product.SymmetricSum(d, device=model.device)
             for _, V in model.weight_blocks(dtype=dtype):
                 total.add(V, V)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from paperlib.activations import Activation, activation
 from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
-from paperlib.precision import arithmetic
 from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.random_features import tile_rows
 
@@ -54,8 +53,8 @@ class GivenFeatures(FeatureMap):
 
     def weight_blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
         """Pairs (first row, rows of V) in order, in the format of the arithmetic."""
-        for start, rows in self._stored_tiles(dtype):
-            yield start, rows.to(arithmetic(rows.dtype))
+        for block in self.blocks(dtype=dtype):
+            yield block.start, block.weights
 
     def _stored_tiles(self, dtype: torch.dtype | None) -> Iterator[tuple[int, Tensor]]:
         """The same as they are stored."""

@@ -16,7 +16,6 @@ from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.gaussian_draws import fill
 from paperlib.int8 import Int8Rows
 from paperlib.memory import SHARE, bytes_of, free_bytes
-from paperlib.precision import arithmetic
 from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.reused_memory import ReusedMemory
 
@@ -204,11 +203,12 @@ class RandomFeatures(FeatureMap):
         V is rounded to `dtype` and stored in it, and handed out in the format of the arithmetic
         that goes with it: float32 for float16, `Int8Rows` for int8.
         """
-        for first, tile in self._stored_tiles(self.dtype if dtype is None else dtype):
-            yield first, tile if isinstance(tile, Int8Rows) else tile.to(arithmetic(tile.dtype))
+        for block in self.blocks(dtype=dtype):
+            yield block.start, block.weights
 
-    def _stored_tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor | Int8Rows]]:
+    def _stored_tiles(self, dtype: torch.dtype | None) -> Iterator[tuple[int, Tensor | Int8Rows]]:
         """The same as they are stored."""
+        dtype = self.dtype if dtype is None else dtype
         if dtype not in self._resident and self.keeps(dtype):
             self._resident[dtype] = [V for _, V in self._fresh_blocks(dtype)]
         if dtype in self._resident:
@@ -255,7 +255,7 @@ class RandomFeatures(FeatureMap):
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """Blocks of `tile_rows` features each."""
-        for start, V in self._stored_tiles(self.dtype if dtype is None else dtype):
+        for start, V in self._stored_tiles(dtype):
             yield RandomFeatureBlock(start, V, self.activation, self.linear_coefficient)
 
     def describe(self) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from paperlib import matrix_units
+from paperlib import few_rows, matrix_units
 from paperlib.compiled import call, has
 from paperlib.long_sum import LongSum
 
 SOURCE = "symmetric_product.cpp"
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = torch.float32, torch.bfloat16
 
 # Into so many bands the columns are cut without the kernel.
 BANDS = 4
@@ -29,13 +29,18 @@ BLOCK, TILES, SIDE = 32, 2, 16
 
 def takes(A: Tensor, B: Tensor) -> bool:
     """Whether the kernel multiplies A^T B, both (h, d)."""
-    if A.device.type != "cpu" or A.dtype != B.dtype or A.dtype not in NAMES:
+    if A.device.type != "cpu" or A.dtype != B.dtype or A.dtype not in FORMATS:
         return False
     if A.shape[1] < LEAST_COLUMNS or not (A.is_contiguous() and B.is_contiguous()):
         return False
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad):
         return False  # it has no derivative
-    return matrix_units.available() and has(SOURCE, f"add_{NAMES[A.dtype]}")
+    return matrix_units.available() and has(SOURCE, _name(A.dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    """The kernel for factors of that dtype."""
+    return f"add_{few_rows.NAMES[dtype]}"
 
 
 class SymmetricSum:
@@ -96,9 +101,8 @@ class _Blocks:
         self.sum = LongSum(len(self.rows), TILES, TILES, SIDE, SIDE, device=device)
 
     def add(self, A: Tensor, B: Tensor) -> None:
-        name = f"add_{NAMES[A.dtype]}"
         with self.sum.adding(len(A), torch.float32) as out:
-            call(SOURCE, name, A, B, out, *A.shape)
+            call(SOURCE, _name(A.dtype), A, B, out, *A.shape)
 
     @property
     def total(self) -> Tensor:
