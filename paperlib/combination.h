@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "panels.h"
@@ -30,54 +31,72 @@ public:
   Combination(long m, long d, long chunk)
       : m(m), d(d), blocks(parts_of(m, SIDE)), V(chunk, d),
         found(allocate<typename F::sum>(4 * TILE)),
-        totals(zeros<Total>(V.strips * blocks * REGISTERS * TILE)) {}
+        totals(allocate<Total>(V.strips * blocks * REGISTERS * TILE)) {}
 
   // Adds the products with the first `rows` rows of the chunk, scales[i] times those of row i of W.
   // The rows of W, of which there are whole tiles, lie a chunk apart.
   void add(const number *W, const float *scales, long rows) {
-    const long steps = parts_of(rows, STEP<F>);
+    const long steps = parts_of(rows, STEP<F>), groups = parts_of(blocks, 2) * REGISTERS / 2;
     for (long s = 0; s < V.strips; s++) {
+      const int32_t *next = V.at(s + 1, 0, 0);
+      // Each product asks for its share of the next strip.
+      long group = 0;
+      const auto share = [&](long k) { return next + k * steps / groups * REGISTERS * TILE; };
       for (long b = 0; b < blocks; b += 2) {
-        for (int q = 0; q < REGISTERS; q += 2) {
-          b + 1 < blocks ? multiply<2>(W, scales, s, b, q, steps)
-                         : multiply<1>(W, scales, s, b, q, steps);
+        for (int q = 0; q < REGISTERS; q += 2, group++) {
+          const Next strip(share(group), share(group + 1));
+          b + 1 < blocks ? multiply<2>(W, scales, s, b, q, steps, strip)
+                         : multiply<1>(W, scales, s, b, q, steps, strip);
         }
       }
     }
+    empty = false;
   }
 
   // Adds the totals of row i to out.
   void add_to(float *out, long i) const {
+    if (empty) return;
     constexpr int GROUP = 4; // columns that lie side by side
+    alignas(64) float strip[STEP<F>], found[SIDE];
     for (long s = 0; s < V.strips; s++) {
-      const long columns = d - s * STEP<F>;
-      float *strip = out + s * STEP<F>;
       for (int q = 0; q < REGISTERS; q++) {
-        const Total *from = at(s, i / SIDE, q) + i % SIDE * SIDE;
-        for (int k = 0; k < SIDE; k += GROUP) {
-          const int column = V.column(q, k);
-          for (int j = 0; j < std::min<long>(GROUP, columns - column); j++) {
-            strip[column + j] += from[k + j];
-          }
+        _mm512_store_ps(found, in_float32(at(s, i / SIDE, q) + i % SIDE * SIDE));
+        UNROLL for (int k = 0; k < SIDE; k += GROUP) {
+          std::memcpy(strip + V.column(q, k), found + k, GROUP * sizeof(float));
         }
+      }
+      float *to = out + s * STEP<F>;
+      for (int k = 0; k < STEP<F>; k += SIDE) {
+        const Part part = first(std::max<long>(0, d - s * STEP<F> - k));
+        store(to + k, _mm512_add_ps(load(to + k, part), _mm512_load_ps(strip + k)), part);
       }
     }
   }
 
 private:
+  using Next = Ahead<Cache::FIRST, 8>;
+
   template <int LEFT>
-  void multiply(const number *W, const float *scales, long s, long b, int q, long steps) {
+  void multiply(const number *W, const float *scales, long s, long b, int q, long steps,
+                Next strip) {
     using Here = Sums<F, LEFT, 2>;
     constexpr bool same = std::is_same_v<Total, typename F::sum>;
     const long below = REGISTERS * TILE, chunk = V.steps * STEP<F>;
     Total *to = at(s, b, q);
+    // Sums lie in the order of the products, but for those of two blocks, which are mixed.
+    const Total *after = at(s, b, 0) + (LEFT * REGISTERS + LEFT * q) * TILE;
+    Next sums(after, after + 2 * LEFT * TILE);
+    const auto ask = [&](long, int) {
+      // Where vector instructions add to the sums, nothing is gained.
+      if constexpr (same) sums.ask(), strip.ask();
+    };
     if constexpr (same) {
-      Here::read(to, below);
+      empty ? Here::clear() : Here::read(to, below);
     } else {
       Here::clear();
     }
     Here::add((const char *)(W + b * SIDE * chunk), chunk * sizeof(number),
-              (const char *)V.at(s, 0, q), 4 * TILE, REGISTERS * 4 * TILE, steps, [](long, int) {});
+              (const char *)V.at(s, 0, q), 4 * TILE, REGISTERS * 4 * TILE, steps, ask);
     if constexpr (same) {
       Here::write(to, below);
     } else {
@@ -87,7 +106,7 @@ private:
           const long row = (b + left) * SIDE + k % SIDE;
           const Lanes more = in_float32(found.get() + left * 2 * TILE + k * SIDE);
           float *line = to + left * below + k * SIDE;
-          const Lanes total = _mm512_load_ps(line);
+          const Lanes total = empty ? all(0) : _mm512_load_ps(line);
           _mm512_store_ps(line, multiply_add(all(scales[row]), more, total));
         }
       }
@@ -100,13 +119,16 @@ private:
 
   Memory<typename F::sum> found;
   Memory<Total> totals;
+  bool empty = true; // the totals, which are not zeros from the start
 };
 
 // How many rows of V a thread takes at once, so that all have as many. With few rows on the left
 // all that it works on stays in its cache; with many, reading and writing the sums for every chunk
-// takes longer than what comes from beyond the cache.
+// takes longer than what comes from beyond the cache. In 8 bits fewer are many: vector instructions
+// add what the tiles give.
 template <class F> long chunk_rows(long m, long h, long d, int threads) {
-  const long bytes = m > 3 * SIDE ? 1152 << 10 : 576 << 10;
+  constexpr int MANY = std::is_same_v<typename F::sum, float> ? 7 * SIDE : 3 * SIDE;
+  const long bytes = m > MANY ? 1152 << 10 : 576 << 10;
   const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;
   const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK);
   const long chunks = threads * parts_of(h, threads * most);

@@ -14,21 +14,6 @@ namespace {
 // products go through the same rows, so each has half of them to ask for.
 constexpr int LINES_ASKED = parts_of(TURNS * LINES, std::size(Slots<PARTS, PARTS>::SLOT));
 
-// What comes next in memory.
-class Ahead {
-public:
-  void begin(const void *from, const void *to) {
-    next = (const char *)from, end = (const char *)to;
-  }
-  void ask() {
-    if (next >= end) return;
-    UNROLL for (int k = 0; k < LINES_ASKED; k++, next += 64) prefetch(next);
-  }
-
-private:
-  const char *next = nullptr, *end = nullptr;
-};
-
 class Float32Pass {
 public:
   const long m, d;
@@ -120,7 +105,7 @@ private:
   const Pieces<false, float> columns;
   Memory<int32_t> ring, W;
   Memory<float> sums, totals;
-  Ahead ahead;
+  Ahead<Cache::SECOND, LINES_ASKED> ahead;
 };
 
 } // namespace

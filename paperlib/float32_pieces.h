@@ -3,15 +3,13 @@
 
 #pragma once
 
+#include "ahead.h"
 #include "float32_parts.h"
 
 namespace {
 
 constexpr int LINES = 8;                // that are split at once, ..
 constexpr int TURNS = 2 * SIDE / LINES; // .. of a step
-
-// GCC takes calls of a function that does nothing but `_mm_prefetch` for idle, and leaves them out.
-inline void prefetch(const void *p) { __asm__ volatile("prefetcht1 (%0)" ::"r"(p)); }
 
 // V as left tiles, its rows across the sums, or as right ones, its columns across them.
 template <bool LEFT, class Number> class Pieces {
@@ -42,8 +40,7 @@ public:
     const int k = turn * LINES;
     const Number *from = V + (LEFT ? (across + k) * d + along : (along + k) * d + across);
     UNROLL for (int i = 0; i < LINES; i++, from += d) {
-      prefetch(from);
-      if (sizeof(Number) * NUMBERS > 64) prefetch(from + SIDE);
+      prefetch_lines<Cache::SECOND, sizeof(Number) * NUMBERS / 64>((const char *)from);
     }
   }
 

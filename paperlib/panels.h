@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "ahead.h"
 #include "aligned_memory.h"
 #include "matrix_units.h"
 #include "transpose.h"
@@ -103,24 +104,27 @@ template <class F> struct Right {
 
   Right(long m, long d)
       : m(m), d(d), blocks(parts_of(m, SIDE)), steps(parts_of(d, STEP<F>)),
-        tiles(zeros<int32_t>(blocks * steps * TILE)) {}
+        tiles(allocate<int32_t>(blocks * steps * TILE)) {}
 
   // Called by all threads together.
   void fill(const number *A) {
 #pragma omp for schedule(static)
     for (long step = 0; step < steps; step++) {
       const long bytes = (d - step * STEP<F>) * sizeof(number);
-      for (long i = 0; i < m; i++) {
-        alignas(64) int32_t row[SIDE];
-        store(row, first_bytes(A + i * d + step * STEP<F>, bytes));
-        int32_t *to = tiles.get() + ((i / SIDE) * steps + step) * TILE + i % SIDE;
-        for (int k = 0; k < SIDE; k++) to[k * SIDE] = row[k];
+      for (long b = 0; b < blocks; b++) {
+        alignas(64) int32_t rows[TILE] = {};
+        for (long i = 0; i < std::min<long>(SIDE, m - b * SIDE); i++) {
+          store(rows + i * SIDE, first_bytes(A + (b * SIDE + i) * d + step * STEP<F>, bytes));
+        }
+        turn(rows, tiles.get() + (b * steps + step) * TILE);
       }
     }
   }
   const char *at(long block, long step) const {
     return (const char *)(tiles.get() + (block * steps + step) * TILE);
   }
+  // Whether what is asked for is still in the cache when all of this has been read.
+  bool leaves_room() const { return blocks * steps * TILE * 4 <= 512 << 10; }
 };
 
 // Panels of A V^T, on one thread.
@@ -132,15 +136,18 @@ public:
       : A(A), sums(allocate<typename F::sum>(4 * TILE)), panel(A.d) {}
 
   // Columns 0 .. rows - 1, at most PANEL, of A V^T; the rows of out lie `apart` from one another.
-  // The panel goes into a chunk, if there is one, from its row `row` on.
+  // The panel goes into a chunk, if there is one, from its row `row` on. Beside the products with
+  // all rows of A but the first, which wait for the memory, it asks for the panel that comes next.
   template <class Out>
   void add(const number *V, long rows, Out *out, long apart, Chunk<F> *chunk, long row) {
     panel.open(V, rows);
+    Ahead<Cache::SECOND, 4> ahead;
+    if (A.leaves_room()) ahead.begin(V + PANEL * A.d, V + 2 * PANEL * A.d);
     for (long b = 0; b < A.blocks; b += 2) {
       const auto keep = [&](long k, int tile) {
         if (chunk) panel.put(*chunk, row, k, tile);
       };
-      const auto leave = [](long, int) {};
+      const auto leave = [&](long, int) { ahead.ask(); };
       if (b + 1 < A.blocks) {
         b ? multiply<2>(b, leave) : multiply<2>(b, keep);
       } else {
@@ -159,8 +166,12 @@ private:
   template <int RIGHT, class Beside> void multiply(long b, Beside beside) {
     using Here = Sums<F, 2, RIGHT>;
     const long next = A.steps * TILE * 4, full = panel.full;
+    const auto ask_too = [&](long step, int tile) {
+      if (tile < RIGHT) prefetch_lines<Cache::FIRST, SIDE>(A.at(b + tile, step + 1));
+      beside(step, tile);
+    };
     Here::clear();
-    Here::add(panel.at(0), panel.apart(0), A.at(b, 0), next, 4 * TILE, full, beside);
+    Here::add(panel.at(0), panel.apart(0), A.at(b, 0), next, 4 * TILE, full, ask_too);
     if (full < A.steps) {
       const auto last = [&](long, int tile) { beside(full, tile); };
       Here::add(panel.at(full), panel.apart(full), A.at(b, full), next, 4 * TILE, 1, last);

@@ -91,6 +91,19 @@ def test_nor_on_the_number_of_threads(dtype, threads):
         assert error(together, combined.double()) < 1e-6
 
 
+def test_threads_without_rows_add_nothing(dtype):
+    _, W, V = factors(dtype, 9, 601, 777)
+    torch.set_num_threads(5)
+    try:
+        # The memory that threads keep has sums of the product before.
+        for _ in range(3):
+            for h in (601, 3):
+                found, exact = few_rows.combine(W[:, :h], V[:h]), W[:, :h].double() @ V[:h].double()
+                assert error(found, exact) <= min(TOLERANCES[dtype], 1e-6)
+    finally:
+        torch.set_num_threads(1)
+
+
 IN_FLOAT16 = [*SHAPES[::7], (3, 700, 512), (31, 257, 640), (33, 70, 500), (140, 300, 97)]
 
 
