@@ -122,17 +122,19 @@ private:
   bool empty = true; // the totals, which are not zeros from the start
 };
 
-// How many rows of V a thread takes at once, so that all have as many. With few rows on the left
-// all that it works on stays in its cache; with many, reading and writing the sums for every chunk
-// takes longer than what comes from beyond the cache. In 8 bits fewer are many: vector instructions
-// add what the tiles give.
+// How many rows of V a thread takes, ..
+template <class F> long share_of(long h, int threads) {
+  return rounded_up(parts_of(h, threads), STEP<F>);
+}
+// .. and how many of them at once. With few rows on the left all that it works on stays in its
+// cache; with many, reading and writing the sums for every chunk takes longer than what comes from
+// beyond the cache. In 8 bits fewer are many: vector instructions add what the tiles give.
 template <class F> long chunk_rows(long m, long h, long d, int threads) {
   constexpr int MANY = std::is_same_v<typename F::sum, float> ? 7 * SIDE : 3 * SIDE;
-  const long bytes = m > MANY ? 1152 << 10 : 576 << 10;
+  const long bytes = m > MANY ? 1536 << 10 : 576 << 10;
   const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;
-  const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK);
-  const long chunks = threads * parts_of(h, threads * most);
-  return rounded_up(parts_of(h, chunks), STEP<F>);
+  const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK), share = share_of<F>(h, threads);
+  return rounded_up(parts_of(share, parts_of(share, most)), STEP<F>);
 }
 
 // Adds the sums of all threads to out, (height, d): row i to its row i % height.
@@ -171,16 +173,18 @@ void add_chunks(long m, float *out, long height, long h, long d, int threads, co
     auto work = begin(chunk);
     Units units;
     Mine mine(m, d, chunk);
-    all_sums[omp_get_thread_num()] = &mine;
+    const int me = omp_get_thread_num(), team = omp_get_num_threads();
+    all_sums[me] = &mine;
     auto W = zeros<typename F::number>(mine.blocks * SIDE * chunk);
     auto scales = zeros<float>(mine.blocks * SIDE);
-#pragma omp for schedule(static)
-    for (long first = 0; first < h; first += chunk) {
-      const long count = std::min(chunk, h - first);
+    const long share = share_of<F>(h, team), end = std::min(h, (me + 1) * share);
+    for (long first = me * share; first < end; first += chunk) {
+      const long count = std::min(chunk, end - first);
       work(Work<F>{{first, count, chunk, W.get(), scales.get()}, mine.V});
       mine.add(W.get(), scales.get(), count);
     }
-    add_up(all_sums, omp_get_num_threads(), out, height);
+#pragma omp barrier
+    add_up(all_sums, team, out, height);
   }
 }
 
