@@ -6,8 +6,9 @@
 Each product of r rows with V (2 r p d operations; n rows for the candidates and one for the linear
 part) has two floors: its operations over the rate of a large square matrix product, and one reading
 of V over the bandwidth of a large sum. The larger of the two floors over the time measured is its
-efficiency, 1 at best. All in one run, with the kernels of this package where the machine has them,
-and with the libraries of torch alone. int8 is for the Gauss-Newton product alone. V^T V of the lift
+efficiency, 1 at best. All take turns in one run, with the kernels of this package where the machine
+has them, and with the libraries of torch alone; what is saved are medians over the rounds, the
+efficiency being that of each round. int8 is for the Gauss-Newton product alone. V^T V of the lift
 is symmetric: p d^2 operations, whatever n is. `--avx2` leaves AVX-512 unused, as on processors that
 do not have it.
 """
@@ -23,6 +24,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import pandas
@@ -48,12 +50,14 @@ ROUNDS = 10
 LEAST_SECONDS = 0.15
 
 
-def least_seconds(works: Mapping[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
-    """The least seconds of each work, the device waited for.
+def rounds_of_seconds(
+    works: Mapping[Hashable, Callable[[], object]],
+) -> list[dict[Hashable, float]]:
+    """The seconds of each work, round by round, the device waited for.
 
-    Other processes can only add to them, and on a machine with neighbours they do, for seconds and
-    for minutes: so the works take turns, and short ones are done again and again, lest a moment of
-    quiet be enough for these alone. On one CPU thread these are processor seconds.
+    Other processes add to them, on a machine with neighbours for seconds and for minutes: so the
+    works take turns, and short ones are done again and again, lest a moment of quiet be enough for
+    these alone. On one CPU thread these are processor seconds.
     """
     alone = not torch.cuda.is_available() and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
@@ -69,9 +73,14 @@ def least_seconds(works: Mapping[Hashable, Callable[[], object]]) -> dict[Hashab
     for work in works.values():
         work()  # what is made when it is first needed does not count
     times = {name: math.ceil(LEAST_SECONDS / seconds(work, 1)) for name, work in works.items()}
-    rounds = [
+    return [
         {name: seconds(work, times[name]) for name, work in works.items()} for _ in range(ROUNDS)
     ]
+
+
+def least_seconds(works: Mapping[Hashable, Callable[[], object]]) -> dict[Hashable, float]:
+    """The least seconds of each work in all rounds: others can only add to them."""
+    rounds = rounds_of_seconds(works)
     return {name: min(found[name] for found in rounds) for name in works}
 
 
@@ -125,9 +134,11 @@ def measure(n: int | None, p: int, d: int, dtype: torch.dtype, device: str) -> l
         else:
             for product, work in products(n, p, d, dtype, device, context).items():
                 works[kernels, product] = work
-    took = least_seconds(works)
-    rate = 2 * SIDE**3 / min(took[way] for way in range(len(ways)))
-    bandwidth = 4 * len(long) / took["read"]
+    rounds = rounds_of_seconds(works)
+    # How fast a processor's matrix units are depends on its neighbours from one second to the
+    # next: floors and products are compared round by round.
+    rates = [2 * SIDE**3 / min(took[way] for way in range(len(ways))) for took in rounds]
+    bandwidths = [4 * len(long) / took["read"] for took in rounds]
 
     size = torch.empty(0, dtype=dtype).element_size()
     rows = []
@@ -137,8 +148,12 @@ def measure(n: int | None, p: int, d: int, dtype: torch.dtype, device: str) -> l
             multiplied, readings = d / 2, 1
         else:
             multiplied, readings = (3 * n + 1, 2) if product == LINEARIZE else (2 * (n + 1), 1)
-        seconds = took[kernels, product]
+        seconds = [took[kernels, product] for took in rounds]
         operations, read = 2 * multiplied * p * d, size * p * d * readings
+        efficiencies = [
+            max(operations / rate, read / bandwidth) / took
+            for rate, bandwidth, took in zip(rates, bandwidths, seconds, strict=True)
+        ]
         rows.append(
             {
                 "product": product,
@@ -149,11 +164,11 @@ def measure(n: int | None, p: int, d: int, dtype: torch.dtype, device: str) -> l
                 "p": p,
                 "d": d,
                 "threads": torch.get_num_threads(),
-                "seconds": seconds,
-                "gigaflops": operations / seconds / 1e9,
-                "ceiling_gigaflops": rate / 1e9,
-                "bandwidth_gigabytes": bandwidth / 1e9,
-                "efficiency": max(operations / rate, read / bandwidth) / seconds,
+                "seconds": median(seconds),
+                "gigaflops": operations / median(seconds) / 1e9,
+                "ceiling_gigaflops": median(rates) / 1e9,
+                "bandwidth_gigabytes": median(bandwidths) / 1e9,
+                "efficiency": median(efficiencies),
             }
         )
     return rows
