@@ -13,6 +13,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """A test that asks for more threads leaves none to the next."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     """Tests that draw from torch's global stream draw the same in every order and every run."""
     torch.manual_seed(0)

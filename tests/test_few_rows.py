@@ -80,11 +80,8 @@ def test_nor_on_the_number_of_threads(dtype, threads):
     A, W, V = factors(dtype, 9, 601, 777)
     projected, combined = few_rows.project(A, V), few_rows.combine(W, V)
     torch.set_num_threads(threads)
-    try:
-        assert torch.equal(few_rows.project(A, V), projected)
-        together = few_rows.combine(W, V)
-    finally:
-        torch.set_num_threads(1)
+    assert torch.equal(few_rows.project(A, V), projected)
+    together = few_rows.combine(W, V)
     if dtype == torch.int8 or not few_rows.matrix_units.multiply(dtype):
         assert torch.equal(together, combined)
     else:  # each thread sums over rows of its own
@@ -94,14 +91,10 @@ def test_nor_on_the_number_of_threads(dtype, threads):
 def test_threads_without_rows_add_nothing(dtype):
     _, W, V = factors(dtype, 9, 601, 777)
     torch.set_num_threads(5)
-    try:
-        # The memory that threads keep has sums of the product before.
-        for _ in range(3):
-            for h in (601, 3):
-                found, exact = few_rows.combine(W[:, :h], V[:h]), W[:, :h].double() @ V[:h].double()
-                assert error(found, exact) <= min(TOLERANCES[dtype], 1e-6)
-    finally:
-        torch.set_num_threads(1)
+    # The memory that threads keep has sums of the product before.
+    for h in 3 * [601, 3]:
+        found, exact = few_rows.combine(W[:, :h], V[:h]), W[:, :h].double() @ V[:h].double()
+        assert error(found, exact) <= min(TOLERANCES[dtype], 1e-6)
 
 
 IN_FLOAT16 = [*SHAPES[::7], (3, 700, 512), (31, 257, 640), (33, 70, 500), (140, 300, 97)]

@@ -110,10 +110,7 @@ def test_sums_in_float64_are_added_to_as_well(dtype):
 def test_threads_share_the_rows(dtype, threads):
     problem = Problem(dtype, 20, 1000, 300)
     torch.set_num_threads(threads)
-    try:
-        HX, Ha = problem.product()
-    finally:
-        torch.set_num_threads(1)
+    HX, Ha = problem.product()
     close(HX, problem.HX, TOLERANCES[dtype])
     close(Ha, problem.Ha, 1e-4)
 

@@ -291,14 +291,10 @@ def test_what_another_process_runs_is_waited_for(tmp_path, runs):
 
 
 def test_threads_are_limited_and_given_back(tmp_path):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert list(run(GRID[:1], tmp_path / "one")["threads"]) == [1]
-        assert list(run(GRID[:1], tmp_path / "own", threads=None)["threads"]) == [2]
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    assert list(run(GRID[:1], tmp_path / "one")["threads"]) == [1]
+    assert list(run(GRID[:1], tmp_path / "own", threads=None)["threads"]) == [2]
+    assert torch.get_num_threads() == 2
 
 
 def test_a_finished_sweep_starts_no_processes(tmp_path, monkeypatch):
