@@ -26,11 +26,8 @@ template <Cache CACHE, int LINES> void prefetch_lines(const char *from) {
 template <Cache CACHE, int LINES> class Ahead {
 public:
   Ahead() = default;
-  Ahead(const void *from, const void *to) { begin(from, to); }
+  Ahead(const void *from, const void *to) : next((const char *)from), end((const char *)to) {}
 
-  void begin(const void *from, const void *to) {
-    next = (const char *)from, end = (const char *)to;
-  }
   void ask() {
     if (next >= end) return;
     prefetch_lines<CACHE, LINES>(next);

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "panels.h"
+#include "shares.h"
 
 namespace {
 
@@ -122,18 +123,16 @@ private:
   bool empty = true; // the totals, which are not zeros from the start
 };
 
-// How many rows of V a thread takes, ..
-template <class F> long share_of(long h, int threads) {
-  return rounded_up(parts_of(h, threads), STEP<F>);
-}
-// .. and how many of them at once. With few rows on the left all that it works on stays in its
-// cache; with many, reading and writing the sums for every chunk takes longer than what comes from
-// beyond the cache. In 8 bits fewer are many: vector instructions add what the tiles give.
+// How many rows of V a thread takes at once, of its share of them. With few rows on the left all
+// that it works on stays in its cache; with many, reading and writing the sums for every chunk
+// takes longer than what comes from beyond the cache. In 8 bits fewer are many: vector instructions
+// add what the tiles give.
 template <class F> long chunk_rows(long m, long h, long d, int threads) {
   constexpr int MANY = std::is_same_v<typename F::sum, float> ? 7 * SIDE : 3 * SIDE;
   const long bytes = m > MANY ? 1536 << 10 : 576 << 10;
   const long rows = bytes / (d * (long)sizeof(typename F::number)) / STEP<F> * STEP<F>;
-  const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK), share = share_of<F>(h, threads);
+  const long most = std::clamp<long>(rows, STEP<F>, MOST_CHUNK);
+  const long share = rounded_up(parts_of(h, threads), STEP<F>);
   return rounded_up(parts_of(share, parts_of(share, most)), STEP<F>);
 }
 
@@ -177,8 +176,9 @@ void add_chunks(long m, float *out, long height, long h, long d, int threads, co
     all_sums[me] = &mine;
     auto W = zeros<typename F::number>(mine.blocks * SIDE * chunk);
     auto scales = zeros<float>(mine.blocks * SIDE);
-    const long share = share_of<F>(h, team), end = std::min(h, (me + 1) * share);
-    for (long first = me * share; first < end; first += chunk) {
+    const long steps = parts_of(h, STEP<F>);
+    const long end = std::min(h, begin_of(me + 1, steps, team) * STEP<F>);
+    for (long first = begin_of(me, steps, team) * STEP<F>; first < end; first += chunk) {
       const long count = std::min(chunk, end - first);
       work(Work<F>{{first, count, chunk, W.get(), scales.get()}, mine.V});
       mine.add(W.get(), scales.get(), count);

@@ -14,6 +14,7 @@
 
 #include "aligned_memory.h"
 #include "product_functions.h"
+#include "shares.h"
 
 #ifdef __AVX512F__
 #include "few_rows_avx512.h"
@@ -26,9 +27,6 @@ namespace {
 constexpr int STRIP = 2 * LANES; // columns of W V that are summed at once
 constexpr int CHUNK_STEPS = 128; // of the strip in the cache; a step is one product a lane
 constexpr int NEIGHBOURS = 4;    // strips whose next rows are asked for together
-
-// Where a block of rows begins: all have the same height, to one.
-inline long begin_of(long block, long m, long blocks) { return block * m / blocks; }
 
 // ---- A V^T
 
@@ -223,7 +221,8 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
     auto sums = allocate<typename F::sums>(m * 2 * NEIGHBOURS);
 #pragma omp for schedule(static)
     for (long part = 0; part < parts; part++) {
-      const long first = part * strips / parts, count = (part + 1) * strips / parts - first;
+      const long first = begin_of(part, strips, parts);
+      const long count = begin_of(part + 1, strips, parts) - first;
       std::fill_n(sums.get(), m * 2 * count, F::zero());
       for (long row = 0; row < h; row += CHUNK) {
         const int rows = std::min<long>(CHUNK, h - row);

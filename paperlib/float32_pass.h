@@ -27,7 +27,7 @@ public:
   // Asks for the panel after this one, if it lies before `end`, in the course of both products.
   void ask_after(long panel, long end) {
     const auto row = [&](long k) { return V + std::min(h, k * WIDTH) * d; };
-    ahead.begin(row(panel + 1), row(std::min(panel + 2, end)));
+    ahead = {row(panel + 1), row(std::min(panel + 2, end))};
   }
 
   // A V^T for rows 32 panel, .. of V, of which there are `count`: rows of out lie `apart`.

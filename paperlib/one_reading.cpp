@@ -14,6 +14,7 @@
 #include "between_products.h"
 #include "combination.h"
 #include "float32_pass.h"
+#include "shares.h"
 
 namespace {
 
@@ -61,8 +62,8 @@ void pass_in_parts(const float *A, long sent, const float *V, long m, float *out
     const long me = omp_get_thread_num(), team = omp_get_num_threads();
     all_sums[me] = &mine;
     auto U = allocate<float>(sent * WIDTH), W = allocate<float>(m * WIDTH);
-    const long panels = parts_of(h, WIDTH), end = (me + 1) * panels / team;
-    for (long panel = me * panels / team; panel < end; panel++) {
+    const long panels = parts_of(h, WIDTH), end = begin_of(me + 1, panels, team);
+    for (long panel = begin_of(me, panels, team); panel < end; panel++) {
       const long begin = panel * WIDTH, count = std::min<long>(WIDTH, h - begin);
       mine.ask_after(panel, end);
       mine.project(panel, count, U.get(), WIDTH);

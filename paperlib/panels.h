@@ -142,7 +142,7 @@ public:
   void add(const number *V, long rows, Out *out, long apart, Chunk<F> *chunk, long row) {
     panel.open(V, rows);
     Ahead<Cache::SECOND, 4> ahead;
-    if (A.leaves_room()) ahead.begin(V + PANEL * A.d, V + 2 * PANEL * A.d);
+    if (A.leaves_room()) ahead = {V + PANEL * A.d, V + 2 * PANEL * A.d};
     for (long b = 0; b < A.blocks; b += 2) {
       const auto keep = [&](long k, int tile) {
         if (chunk) panel.put(*chunk, row, k, tile);
