@@ -23,10 +23,10 @@ import pandas
 import torch
 
 import paperlib
+from paperlib.block_height import ROWS_PER_DRAW
 from paperlib.data import DataSet
 from paperlib.gaussian_draws import fill_by_torch
 from paperlib.published import PRESETS
-from paperlib.random_features import ROWS_PER_DRAW
 from paperlib.results import machine
 
 LIMIT = 20_000

@@ -18,7 +18,7 @@ import torch
 from products import least_seconds
 
 from paperlib import gaussian_draws
-from paperlib.random_features import ROWS_PER_DRAW
+from paperlib.block_height import ROWS_PER_DRAW
 from paperlib.results import save_table
 
 KERNELS = {"own": gaussian_draws.fill_by_kernel, "torch": gaussian_draws.fill_by_torch}

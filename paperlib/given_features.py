@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from paperlib.activations import Activation, activation
+from paperlib.block_height import default_block_rows, tile_rows
 from paperlib.checks import check_count, check_dtype, check_finite
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.random_feature_block import RandomFeatureBlock
-from paperlib.random_features import tile_rows
 
 _activation = activation
 
@@ -25,13 +25,16 @@ class GivenFeatures(FeatureMap):
     of the work can run in bfloat16.
     """
 
-    def __init__(self, V: Tensor, activation: str | Activation = "relu", *, block_rows: int = 8192):
+    def __init__(
+        self, V: Tensor, activation: str | Activation = "relu", *, block_rows: int | None = None
+    ):
         """Keep a copy of V.
 
         Args:
             V: (p, d) weights, float32 or float64.
             activation: a name of `activation_names()` or an `Activation`.
-            block_rows: rows of V used at a time, at most: on a CPU, as many as fit its cache.
+            block_rows: rows of V used at a time, at most: on a CPU, as many as fit its cache; as
+                suits the device if not given.
 
         Raises:
             TypeError: if V is not a tensor of float32 or float64.
@@ -47,6 +50,8 @@ class GivenFeatures(FeatureMap):
         self.activation = _activation(activation)
         self.linear_coefficient = self.activation.linear_coefficient
         self.odd = self.activation.odd
+        if block_rows is None:
+            block_rows = default_block_rows(self.device, self.p, self.d)
         self.block_rows = check_count("block_rows", block_rows)
         self.V = check_finite("V", V.detach().clone())
         self._copies: dict[torch.dtype, Tensor] = {self.dtype: self.V}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from paperlib import matrix_units
 from paperlib.activations import Activation, activation
+from paperlib.block_height import ROWS_PER_DRAW, default_block_rows, tile_rows
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.gaussian_draws import fill
@@ -19,31 +19,7 @@ from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.reused_memory import ReusedMemory
 
-# V is a function of (seed, draw index), each draw this many rows: part of the definition of V,
-# so that it comes out the same whether it is resident, streamed or split over processes.
-ROWS_PER_DRAW = 1024
-
 PLACEMENTS = ("auto", "resident", "streamed")
-
-# On a CPU, rows of V are handed out in tiles of about this many bytes, so that the second product
-# of a pass finds in the cache what the first has read. On a GPU the whole block is one tile, and
-# for matrix units, whose kernels cut it themselves.
-TILE_BYTES = 2**24
-LEAST_TILE_ROWS = 256
-# A tile in int8 has so many times the rows.
-INT8_ROWS = 4
-
-
-def tile_rows(
-    device: torch.device, dtype: torch.dtype, d: int, block_rows: int, *, own: torch.dtype
-) -> int:
-    """Rows of V (p, d) of a tile in `dtype`, at most `block_rows`, for a model of dtype `own`."""
-    units = dtype != torch.float64 and matrix_units.available()
-    if device.type != "cpu" or units:
-        return block_rows
-    rows = TILE_BYTES // (bytes_of(own, d) * LEAST_TILE_ROWS) * LEAST_TILE_ROWS
-    rows = max(rows, LEAST_TILE_ROWS) * (INT8_ROWS if dtype == torch.int8 else 1)
-    return min(block_rows, rows)
 
 
 class RandomFeatures(FeatureMap):
@@ -65,7 +41,7 @@ class RandomFeatures(FeatureMap):
         seed: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        block_rows: int = 8192,
+        block_rows: int | None = None,
         placement: str = "auto",
         group: ProcessGroup | None = None,
     ):
@@ -79,7 +55,8 @@ class RandomFeatures(FeatureMap):
                 block height.
             device: where V lives; the CPU if not given.
             dtype: float32 (if not given) or float64. V is drawn in float32 in either case.
-            block_rows: rows of V drawn and stored at a time, a multiple of 1024.
+            block_rows: rows of V drawn and stored at a time, a multiple of 1024; as many as suit
+                the device if not given.
             placement: "resident" keeps V on the device, "streamed" draws it again block by block
                 in every pass, "auto" keeps it (in each dtype that is used) if it fits into the
                 free memory, of which PAPERLIB_MEMORY=4GB and the like allow no more than that.
@@ -99,6 +76,9 @@ class RandomFeatures(FeatureMap):
         self.activation = _activation(activation)
         self.linear_coefficient = self.activation.linear_coefficient
         self.odd = self.activation.odd
+        if block_rows is None:
+            processes = 1 if group is None else group.size()
+            block_rows = default_block_rows(self.device, self.p, self.d, processes=processes)
         if block_rows < ROWS_PER_DRAW or block_rows % ROWS_PER_DRAW:
             raise ValueError(
                 f"block_rows must be a positive multiple of {ROWS_PER_DRAW}, got {block_rows}"

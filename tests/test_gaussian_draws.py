@@ -6,8 +6,8 @@ import torch
 
 import paperlib
 from paperlib import gaussian_draws, reused_memory
+from paperlib.block_height import ROWS_PER_DRAW
 from paperlib.gaussian_draws import ROUNDING, fill
-from paperlib.random_features import ROWS_PER_DRAW
 from paperlib.streams import stream, stream_seed
 
 # Not `available`, which is false for a kernel that makes other numbers, too.

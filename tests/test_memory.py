@@ -204,6 +204,17 @@ def test_a_limit_of_the_users_counts_what_the_process_has_taken(monkeypatch):
         memory.free_bytes(cpu)
 
 
+def test_what_is_free_on_a_gpu(monkeypatch):
+    """torch gives out again what it has of the memory and no tensor is in."""
+    gpu = torch.device("cuda", 0)
+    said = {"memory_allocated": 3_000, "memory_reserved": 5_000, "mem_get_info": (20_000, 90_000)}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
+    assert memory.free_bytes(gpu) == 22_000
+    monkeypatch.setenv("PAPERLIB_MEMORY", "10 kB")
+    assert memory.free_bytes(gpu) == 7_000
+
+
 @pytest.mark.parametrize(
     ("free", "placement", "released"),
     [(300_000, "auto", True), (10**6, "auto", False), (300_000, "resident", False)],
