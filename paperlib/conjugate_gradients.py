@@ -45,7 +45,7 @@ def conjugate_gradients(
     iteration with what was reached before them.
     """
     x = torch.zeros_like(b)
-    r = b.clone()
+    r = b
     z = preconditioner(r)
     direction = z
     rz = start = float(r @ z)
@@ -59,12 +59,12 @@ def conjugate_gradients(
         if curvature <= 0:
             break
         step = rz / curvature
-        x = x + step * direction
-        r = r - step * Ad
+        x.add_(direction, alpha=step)
+        r = torch.sub(r, Ad, alpha=step)
         z = preconditioner(r)
         rz, before = float(r @ z), rz
         if rz <= 0:
             rz = 0.0
             break
-        direction = z + (rz / before) * direction
+        direction = torch.add(z, direction, alpha=rz / before)
     return LinearSolution(x, iterations, (rz / start) ** 0.5)

@@ -83,6 +83,7 @@ class ExpectedNormalMatrix:
         # X = rows basis^T: the span of the candidates in coordinates.
         self.basis, rows = torch.linalg.qr(X.T)
         self.rows = rows.T.contiguous()
+        self.directions = self.rows / torch.linalg.vector_norm(self.rows, dim=1, keepdim=True)
 
     def apply(
         self, rX: Tensor, ra: Tensor, rw: Tensor | None
@@ -113,13 +114,18 @@ class ExpectedNormalMatrix:
         """The matrix in the span times a step."""
         dX, da = self._split(v)
         along = dX @ self.rows.T  # dx_i . x_j
-        weights = self.curvature * along.T + self.coupling * (self.alpha @ da.T)
-        HX = self.M @ dX + weights @ self.rows
-        Ha = (self.coupling * along).T @ self.alpha + self.gram @ da
-        return torch.cat([to_tangent(self.rows, HX).flatten(), Ha.flatten()])
+        weights = torch.addcmul(self.curvature * along.T, self.coupling, self.alpha @ da.T)
+        HX = torch.addmm(self.M @ dX, weights, self.rows)
+        Ha = torch.addmm(self.gram @ da, (self.coupling * along).T, self.alpha)
+        return torch.cat([self._to_tangent(HX).flatten(), Ha.flatten()])
 
     def _precondition(self, v: Tensor) -> Tensor:
         """Its two diagonal blocks without k'', inverted."""
         rX, ra = self._split(v)
-        zX = to_tangent(self.rows, self.M_inverse @ rX)
+        zX = self._to_tangent(self.M_inverse @ rX)
         return torch.cat([zX.flatten(), (self.gram_inverse @ ra).flatten()])
+
+    def _to_tangent(self, dX: Tensor) -> Tensor:
+        """Steps in the span without their components along the candidates, see `to_tangent`."""
+        along = (self.directions * dX).sum(1, keepdim=True)
+        return torch.addcmul(dX, along, self.directions, value=-1)

@@ -23,7 +23,7 @@ def to_sphere(X: Tensor) -> Tensor:
 def to_tangent(X: Tensor, dX: Tensor) -> Tensor:
     """Rows of dX without their component along the rows of X: steps that stay on the sphere."""
     along = (X * dX).sum(1, keepdim=True) / X.square().sum(1, keepdim=True)
-    return dX - along * X
+    return torch.addcmul(dX, along, X, value=-1)
 
 
 def random_on_sphere(n: int, d: int, *, generator: torch.Generator) -> Tensor:
