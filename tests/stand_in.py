@@ -162,6 +162,33 @@ def _copy_from(source, target, non_blocking=False):
     return target
 
 
+class Backend:
+    """What torch asks of the module of a device, here of one that has no state of its own."""
+
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
+    def device_count(self):
+        return 1
+
+    def current_device(self):
+        return 0
+
+    def _is_in_bad_fork(self):
+        return False
+
+    def manual_seed_all(self, seed):
+        pass
+
+    def get_rng_state(self, device=None):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state, device=None):
+        pass
+
+
 _library = None
 
 
@@ -171,7 +198,7 @@ def device():
     if _library is None:
         if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
             pytest.skip("this torch knows no devices made in Python")
-        backend_registration._setup_privateuseone_for_python_backend(NAME)
+        backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
         _library = torch.library.Library("aten", "IMPL")
         for name in FACTORIES:
             _library.impl(name, _factory(name), "PrivateUse1")
