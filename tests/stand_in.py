@@ -69,6 +69,10 @@ class OnStandIn(torch.Tensor):
         """Its numbers, which torch does not give of a class it does not know."""
         return self.held.tolist()
 
+    def __format__(self, how):
+        """The same of a number, as in f"{loss:.1e}"."""
+        return format(self.held, how)
+
     def untyped_storage(self):
         """One for all views of it."""
         return self.held.untyped_storage()
