@@ -58,7 +58,10 @@ def main() -> None:
         resume=options.resume,
     )
     errors = paperlib.compare(data.X, record.samples)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(record.status)
     print(errors)
     print(f"{record.passes} passes, {record.seconds:.0f} s, peak memory {peak / 1e9:.1f} GB")

@@ -41,7 +41,8 @@ from paperlib.precision import arithmetic
 from paperlib.projection import Linearization
 from paperlib.results import save_table
 
-SIDE = 2048
+# Of the square matrices, and numbers of the large sum.
+SIDE, READ = 2048, 2**27
 
 LINEARIZE, PRODUCT, GRAM = "linearize", "Gauss-Newton product", "V^T V"
 
@@ -92,7 +93,7 @@ def square_products(dtype: torch.dtype, device: str) -> list[Callable[[], object
         return [lambda: square @ square, lambda: combine(square, square)]
     square = (20 * square).to(dtype)
     ways = [lambda: multiply(square, square)]
-    if matrix_units.multiply(dtype):
+    if device == "cpu" and matrix_units.multiply(dtype):
         # The libraries do not use them in 8 bits.
         ways.append(lambda: few_rows.project(square, square))
     return ways
@@ -123,7 +124,7 @@ def measure(n: int | None, p: int, d: int, dtype: torch.dtype, device: str) -> l
     ways = square_products(dtype, device)
     works |= dict(enumerate(ways))
     # Read as float32 whatever the dtype: sums in bfloat16 are bound by arithmetic.
-    long = torch.randn(2**27, device=device)
+    long = torch.randn(READ, device=device)
     works["read"] = lambda: long.sum()
     kinds = {"libraries": libraries_alone}
     if device == "cpu" and few_rows.available(dtype):

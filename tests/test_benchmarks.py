@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import stand_in
 import torch
+
+import paperlib
 
 ROW = {"n": 1, "measured": 2.5}
 
@@ -85,3 +88,49 @@ def test_committed_results_are_replaced_only_when_asked_for(monkeypatch):
 def test_photographs_change_with_the_seed():
     load = program("against_published").load
     assert not torch.equal(load("photographs", 3, 0).X, load("photographs", 3, 1).X)
+
+
+# Beside the processor
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        (torch.bfloat16, 3),
+        (torch.bfloat16, None),
+        (torch.float32, 3),
+        (torch.float32, None),
+        (torch.int8, 3),
+    ],
+)
+def test_products_are_measured_on_a_device(monkeypatch, dtype, n):
+    module = program("products")
+    for name, value in {"SIDE": 64, "READ": 99, "ROUNDS": 2, "LEAST_SECONDS": 1e-4}.items():
+        monkeypatch.setattr(module, name, value)
+    rows = module.measure(n, 2048, 20, dtype, str(stand_in.device()))
+    expected = {"V^T V"} if n is None else {"Gauss-Newton product"}
+    if n and dtype != torch.int8:
+        expected.add("linearize")
+    assert {row["product"] for row in rows} == expected
+    assert {row["kernels"] for row in rows} == {"libraries"}
+
+
+def test_pictures_come_back_on_a_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(paperlib, "cifar10", paperlib.digits)
+    device = str(stand_in.device())
+    arguments = ["--n", "3", "--device", device, "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["hundred_images", *arguments])
+    program("hundred_images").main()
+    assert pd.read_csv(tmp_path / "3_images_3dn.csv").signed_error.max() < 1e-3
+    assert len(pd.read_csv(tmp_path / "3_images_3dn_stages.csv"))
+
+
+def test_solvers_are_compared_on_a_device(monkeypatch, tmp_path):
+    module, out = program("against_published"), tmp_path / "rows.csv"
+    monkeypatch.setattr(module, "CASES", {"synthetic": (2, 1000, "synthetic")})
+    arguments = ["--seeds", "1", "--published-steps", "5", "--out", str(out)]
+    monkeypatch.setattr(
+        sys, "argv", ["against_published", "--device", str(stand_in.device()), *arguments]
+    )
+    module.main()
+    assert len(pd.read_csv(out)) == 2
