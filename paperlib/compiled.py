@@ -89,6 +89,9 @@ def call(source: str, function: str, *arguments: Tensor | int | float | None) ->
         function: name of the function; its last argument is the number of threads.
         arguments: tensors are passed as pointers to their first number, None as a null pointer,
             whole numbers as long, others as float.
+
+    Raises:
+        ValueError: for a tensor elsewhere than on the CPU, whose numbers are not there to be read.
     """
 
     def passed(argument: Tensor | int | float | None) -> object:
@@ -96,7 +99,11 @@ def call(source: str, function: str, *arguments: Tensor | int | float | None) ->
             return ctypes.c_long(argument)
         if isinstance(argument, float):
             return ctypes.c_float(argument)
-        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+        if argument is None:
+            return ctypes.c_void_p(None)
+        if argument.device.type != "cpu":
+            raise ValueError(f"{function} takes tensors on the cpu, got one on {argument.device}")
+        return ctypes.c_void_p(argument.data_ptr())
 
     getattr(library(source), function)(*map(passed, arguments), torch.get_num_threads())
 

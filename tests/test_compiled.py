@@ -145,3 +145,10 @@ def test_threads_are_those_of_torch(tmp_path):
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "0"
+
+
+@needs_compiler
+def test_numbers_elsewhere_are_not_read():
+    A, V = torch.ones(3, 600), torch.ones(600, 600, device="meta")
+    with pytest.raises(ValueError, match="project_float32 takes tensors on the cpu, .* on meta"):
+        compiled.call(SOURCE, "project_float32", A, V, A)
