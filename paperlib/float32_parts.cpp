@@ -24,8 +24,10 @@ struct Place {
 // Multiplies the few rows with this thread's share of the pieces. `finish(piece, totals)` gets the
 // sums of each, four tiles for a pair of tiles of the few rows.
 template <bool V_LEFT, class Number, class Finish>
-void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Finish finish) {
-  constexpr int OF_V = PARTS_OF<Number>, V_PAIR = PAIR_OF<Number>;
+void multiply(const FewRows<V_LEFT, PARTS_OF<Number>> &rows, const Pieces<V_LEFT, Number> &V,
+              Finish finish) {
+  constexpr int COUNT = PARTS_OF<Number>, PAIR = PAIR_OF<Number>;
+  constexpr int LAST = std::size(Slots<COUNT, COUNT>::SLOT) - 1;
   const long me = omp_get_thread_num(), threads = omp_get_num_threads();
   const long begin = me * V.count / threads, end = (me + 1) * V.count / threads;
   const long sums = rows.pairs * 4 * TILE; // of a piece
@@ -40,8 +42,8 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Fini
 
   // The steps of a piece in a ring, with room for one of the next.
   constexpr int RING = RUN + 1;
-  auto ring = allocate<int32_t>(RING * V_PAIR);
-  const auto in_ring = [&](int start, int k) { return ring.get() + (start + k) % RING * V_PAIR; };
+  auto ring = allocate<int32_t>(RING * PAIR);
+  const auto in_ring = [&](int start, int k) { return ring.get() + (start + k) % RING * PAIR; };
   auto totals = allocate<float>(together * sums);
   Place now{begin, 0, begin};
   for (int k = 0; k < steps_of(now); k++) {
@@ -57,6 +59,7 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Fini
     };
     const auto beside = [&](int k, int slot) {
       if (slot < TURNS) bring(k, slot);
+      for (int turn = slot + 1; slot == LAST && turn < TURNS; turn++) bring(k, turn);
     };
     const auto idle = [](int, int) {};
     const auto piece = [&](int k) { return in_ring(start, k); };
@@ -66,13 +69,13 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Fini
       const auto few = [&, at = rows.at(now.run, pair)](int k) { return at + k * PAIR; };
       const bool two = rows.two_tiles(pair), end_of_rows = pair == rows.pairs - 1;
       if constexpr (V_LEFT) {
-        !end_of_rows ? add_steps<2, 2, OF_V, PARTS>(piece, few, steps, to, idle)
-        : two        ? add_steps<2, 2, OF_V, PARTS>(piece, few, steps, to, beside)
-                     : add_steps<2, 1, OF_V, PARTS>(piece, few, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, COUNT, COUNT>(piece, few, steps, to, idle)
+        : two        ? add_steps<2, 2, COUNT, COUNT>(piece, few, steps, to, beside)
+                     : add_steps<2, 1, COUNT, COUNT>(piece, few, steps, to, beside);
       } else {
-        !end_of_rows ? add_steps<2, 2, PARTS, OF_V>(few, piece, steps, to, idle)
-        : two        ? add_steps<2, 2, PARTS, OF_V>(few, piece, steps, to, beside)
-                     : add_steps<1, 2, PARTS, OF_V>(few, piece, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, COUNT, COUNT>(few, piece, steps, to, idle)
+        : two        ? add_steps<2, 2, COUNT, COUNT>(few, piece, steps, to, beside)
+                     : add_steps<1, 2, COUNT, COUNT>(few, piece, steps, to, beside);
       }
     }
     for (int k = steps; k < brought; k++) {
@@ -89,7 +92,7 @@ void multiply(const FewRows<V_LEFT> &rows, const Pieces<V_LEFT, Number> &V, Fini
 template <bool V_LEFT, class Number, class Finish>
 void multiply(const float *few, const Number *V, long m, long h, long d, int threads,
               Finish finish) {
-  FewRows<V_LEFT> rows(m, V_LEFT ? d : h);
+  FewRows<V_LEFT, PARTS_OF<Number>> rows(m, V_LEFT ? d : h);
   const Pieces<V_LEFT, Number> pieces(V, h, d);
 #pragma omp parallel num_threads(threads)
   {

@@ -2,7 +2,9 @@
 //
 // Cut off after 8 digits, x leaves a remainder that is exact, and so does that one; the 8 digits
 // after those are the last there are. Of the nine products of the parts of two numbers the three
-// smallest are below the rounding of float32, and left out. A number of float16 has two parts.
+// smallest are below the rounding of float32, and left out. A number of float16 has two parts. So
+// have the numbers that are multiplied with it, and of those four products the smallest is left
+// out, too: what it would add is far below what rounding to float16 took away.
 
 #pragma once
 
@@ -64,11 +66,8 @@ template <> struct Slots<1, 1> {
 template <> struct Slots<3, 3> {
   static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 };
-template <> struct Slots<2, 3> {
-  static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}};
-};
-template <> struct Slots<3, 2> {
-  static constexpr Slot SLOT[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 0}};
+template <> struct Slots<2, 2> {
+  static constexpr Slot SLOT[] = {{0, 1}, {0, 0}, {1, 0}};
 };
 
 // Adds a step of products to the sums of LEFT by RIGHT tiles, which are in their registers.
@@ -117,8 +116,9 @@ template <int TILES> void add_tiles(const float *found, float *sums) {
 
 // m rows of some length in parts: run by run, and there one pair of tiles after another. Right
 // tiles have them as columns.
-template <bool RIGHT> class FewRows {
+template <bool RIGHT, int COUNT = PARTS> class FewRows {
 public:
+  static constexpr int PAIR = 2 * COUNT * TILE;
   const long m, length, pairs, steps, runs;
 
   FewRows(long m, long length)
@@ -141,11 +141,11 @@ public:
         for (int k = 0; k < SIDE; k++) {
           const float *row = rows + (i + k) * length + begin;
           const bool there = i + k < m;
-          split(there ? load(row, low) : all(0), there ? load(row + SIDE, high) : all(0),
-                lines + k * SIDE);
+          split<COUNT>(there ? load(row, low) : all(0), there ? load(row + SIDE, high) : all(0),
+                       lines + k * SIDE);
         }
         int32_t *to = at(step / RUN, i / WIDTH) + step % RUN * PAIR + i % WIDTH / SIDE * TILE;
-        for (int part = 0; part < PARTS; part++) put(lines + part * 2 * TILE, to + part * 2 * TILE);
+        for (int part = 0; part < COUNT; part++) put(lines + part * 2 * TILE, to + part * 2 * TILE);
       }
     }
   }

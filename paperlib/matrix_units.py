@@ -6,7 +6,7 @@ products with V by them, `one_reading.py` whole passes, `symmetric_product.py` V
 
 In float32 they multiply parts: a number is the sum of three of bfloat16, and six products of those
 are the one of float32, for which vector instructions take about twice as long. A number of float16
-is the sum of two, and five products are enough.
+is the sum of two. It has eleven digits, so the sixteen that three products give are enough.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ samples that is bound to happen, and they begin in float32 where bfloat16 is not
 
 float16 is a way to store V, not to compute: it halves the memory on devices without fast
 bfloat16. Rows of V are widened to float32 tile by tile, on their way into the product, and tiles
-are small enough to stay in the cache; matrix units multiply them as they are (`few_rows.py`).
+are small enough to stay in the cache; matrix units multiply them as they are, with sixteen digits
+of the other factor (`few_rows.py`).
 
 int8 is the other way round: for the products inside conjugate gradients only, in the bulk stage as
 in the finish (see `int8.py`). Loss and gradient of the bulk stage are evaluated in float32.
