@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("--p-over-dn", type=float, default=5.0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)  # through which processes exchange what is no tensor, too
     group = None
     if "RANK" in os.environ:
-        cuda = torch.cuda.is_available()
         dist.init_process_group("nccl" if cuda else "gloo")
         group = dist.group.WORLD
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     data = paperlib.sphere(options.samples, options.dimension, seed=1)
     p = round(options.p_over_dn * options.samples * options.dimension)

@@ -56,7 +56,8 @@ def open_attack(
     if folder is None:
         return SavedAttack()
     version = machine()["libraries"].get("paperlib")
-    return SavedAttack(folder, fingerprint(theta, **problem, version=version), group=group)
+    name = fingerprint(theta, **problem, version=version)
+    return SavedAttack(folder, name, group=group, device=theta.device)
 
 
 class SavedAttack:
@@ -77,6 +78,7 @@ class SavedAttack:
         name: str = "",
         *,
         group: ProcessGroup | None = None,
+        device: torch.device | None = None,
     ):
         """Read the state, if there is one.
 
@@ -84,6 +86,7 @@ class SavedAttack:
             folder: made if it is not there; None keeps nothing.
             name: the attack's `fingerprint`.
             group: the processes that share it.
+            device: of this process, through which it gets what another has read.
 
         Raises:
             OSError: if the folder cannot be made.
@@ -97,7 +100,9 @@ class SavedAttack:
             found = self._read()
         if group is not None:
             everyone = [found]
-            torch.distributed.broadcast_object_list(everyone, group=group, group_src=0)
+            torch.distributed.broadcast_object_list(
+                everyone, group=group, group_src=0, device=device
+            )
             found = everyone[0]
         found = found or {}
         self._seconds_before = found.get("seconds", 0.0)

@@ -79,7 +79,7 @@ class OnStandIn(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        """Run an operation that one of its arguments is a tensor of the stand-in of."""
+        """Run an operation that has a tensor of the stand-in among its arguments."""
         global _operations
         _operations += 1
         kwargs = dict(kwargs or {})
@@ -130,6 +130,8 @@ def _goes_there(operation, args, kwargs):
         raise RuntimeError(f"{operation}: expected all tensors to be on the same device")
     if operation in MULTIPLICATIONS and not tensors[0].dtype.is_floating_point:
         raise RuntimeError(f"{operation} is not implemented on {NAME} for {tensors[0].dtype}")
+    if operation is aten.linalg_lstsq.default and kwargs.get("driver") not in (None, "gels"):
+        raise RuntimeError(f"{operation}: {NAME} has no driver {kwargs['driver']}")
     if operation is aten.copy_.default:
         return isinstance(args[0], OnStandIn)
     asked = kwargs.get("device")

@@ -441,6 +441,8 @@ def test_the_stand_in_does_not_mix_with_the_processor(there):
         away.numpy()
     with pytest.raises(RuntimeError, match="not implemented on stand_in"):
         away.int() @ away.int()
+    with pytest.raises(RuntimeError, match="no driver gelsd"):
+        torch.linalg.lstsq(away, away, driver="gelsd")
     back = away.cpu()
     assert type(back) is torch.Tensor and back.device == CPU
     assert type(away.to(there)) is type(away) and here.to(there).device == there

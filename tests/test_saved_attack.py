@@ -298,3 +298,23 @@ def test_a_killed_process_loses_nothing(tmp_path):
         [*command, "0"], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.splitlines()[-1] == "explained True 1"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_begin_at_what_the_first_one_read(rank, tmp_path, monkeypatch):
+    class Group:
+        def rank(self):
+            return rank
+
+    saved_attack.SavedAttack(tmp_path, "name").begin({"step": 3})
+    devices = []
+
+    def broadcast(objects, *, group, group_src, device):
+        devices.append(device)
+        assert group_src == 0 and (objects[0] is None) == (rank > 0)
+        objects[0] = {"state": {"step": 3}, "seconds": 5.0}
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    mine = saved_attack.SavedAttack(tmp_path, "name", group=Group(), device=torch.device("cpu"))
+    assert mine.state == {"step": 3} and mine.seconds >= 5 and devices == [torch.device("cpu")]
+    assert (mine.path is None) == (rank > 0)
