@@ -3,6 +3,7 @@
 import shlex
 
 import pytest
+import stand_in
 import torch
 
 import paperlib
@@ -10,6 +11,8 @@ from paperlib import compiled, few_rows, gaussian_draws, matrix_units
 
 # Small problems: threads cost more than they gain, and pytest-xdist runs a process for each core.
 torch.set_num_threads(1)
+
+stand_in.register()
 
 
 @pytest.fixture(autouse=True)

@@ -195,18 +195,26 @@ class Backend:
         pass
 
 
-_library = None
+_library = torch.library.Library("aten", "IMPL")
+_registered = False
 
 
-def device():
-    """The device, made when it is first asked for; the test is skipped where torch cannot."""
-    global _library
-    if _library is None:
-        if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-            pytest.skip("this torch knows no devices made in Python")
+def register():
+    """Tell torch of the device, where it takes some made in Python.
+
+    It counts devices when it first goes backward, so this has to come before any test.
+    """
+    global _registered
+    _registered = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+    if _registered:
         backend_registration._setup_privateuseone_for_python_backend(NAME, Backend())
-        _library = torch.library.Library("aten", "IMPL")
         for name in FACTORIES:
             _library.impl(name, _factory(name), "PrivateUse1")
         _library.impl("_copy_from", _copy_from, "PrivateUse1")
+
+
+def device():
+    """The device; the test that asks is skipped where there is none."""
+    if not _registered:
+        pytest.skip("this torch knows no devices made in Python")
     return torch.device(NAME, 0)
