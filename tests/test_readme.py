@@ -61,6 +61,14 @@ def test_links_inside_the_repository_resolve(target):
         assert anchor in {slug(h) for h in re.findall(r"^#+ (.*)$", README, re.MULTILINE)}
 
 
+def test_links_lead_to_what_the_book_holds():
+    """The README is its first page; what is left out there is named, not linked."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    held = re.search(r"^BOOK_SOURCES := (.*)$", makefile, re.MULTILINE)[1].split()
+    inside = {target.partition("#")[0] for target in LINK.findall(README) if "://" not in target}
+    assert {path.partition("/")[0] for path in inside} <= {*held, ""}
+
+
 def test_make_targets_exist():
     named = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", README, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
