@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "float32_pieces.h"
+#include "shares.h"
 
 namespace {
 
@@ -26,10 +27,10 @@ struct Place {
 template <bool V_LEFT, class Number, class Finish>
 void multiply(const FewRows<V_LEFT, PARTS_OF<Number>> &rows, const Pieces<V_LEFT, Number> &V,
               Finish finish) {
-  constexpr int COUNT = PARTS_OF<Number>, PAIR = PAIR_OF<Number>;
-  constexpr int LAST = std::size(Slots<COUNT, COUNT>::SLOT) - 1;
+  constexpr int COUNT = PARTS_OF<Number>, PAIR = PAIR_OF<COUNT>;
+  constexpr int SLOTS = std::size(Slots<COUNT>::SLOT);
   const long me = omp_get_thread_num(), threads = omp_get_num_threads();
-  const long begin = me * V.count / threads, end = (me + 1) * V.count / threads;
+  const long begin = begin_of(me, V.count, threads), end = begin_of(me + 1, V.count, threads);
   const long sums = rows.pairs * 4 * TILE; // of a piece
   const long together = std::max<long>(1, TOTALS_BYTES / (sums * sizeof(float)));
   const auto last = [&](Place at) { return std::min(end, at.group + together) - 1; };
@@ -58,8 +59,8 @@ void multiply(const FewRows<V_LEFT, PARTS_OF<Number>> &rows, const Pieces<V_LEFT
       if (k < asked) V.ask(later.piece, later.run * RUN + k, turn);
     };
     const auto beside = [&](int k, int slot) {
-      if (slot < TURNS) bring(k, slot);
-      for (int turn = slot + 1; slot == LAST && turn < TURNS; turn++) bring(k, turn);
+      const int end = begin_of(slot + 1, TURNS, SLOTS);
+      for (int turn = begin_of(slot, TURNS, SLOTS); turn < end; turn++) bring(k, turn);
     };
     const auto idle = [](int, int) {};
     const auto piece = [&](int k) { return in_ring(start, k); };
@@ -69,13 +70,13 @@ void multiply(const FewRows<V_LEFT, PARTS_OF<Number>> &rows, const Pieces<V_LEFT
       const auto few = [&, at = rows.at(now.run, pair)](int k) { return at + k * PAIR; };
       const bool two = rows.two_tiles(pair), end_of_rows = pair == rows.pairs - 1;
       if constexpr (V_LEFT) {
-        !end_of_rows ? add_steps<2, 2, COUNT, COUNT>(piece, few, steps, to, idle)
-        : two        ? add_steps<2, 2, COUNT, COUNT>(piece, few, steps, to, beside)
-                     : add_steps<2, 1, COUNT, COUNT>(piece, few, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, COUNT>(piece, few, steps, to, idle)
+        : two        ? add_steps<2, 2, COUNT>(piece, few, steps, to, beside)
+                     : add_steps<2, 1, COUNT>(piece, few, steps, to, beside);
       } else {
-        !end_of_rows ? add_steps<2, 2, COUNT, COUNT>(few, piece, steps, to, idle)
-        : two        ? add_steps<2, 2, COUNT, COUNT>(few, piece, steps, to, beside)
-                     : add_steps<1, 2, COUNT, COUNT>(few, piece, steps, to, beside);
+        !end_of_rows ? add_steps<2, 2, COUNT>(few, piece, steps, to, idle)
+        : two        ? add_steps<2, 2, COUNT>(few, piece, steps, to, beside)
+                     : add_steps<1, 2, COUNT>(few, piece, steps, to, beside);
       }
     }
     for (int k = steps; k < brought; k++) {

@@ -25,8 +25,7 @@ constexpr int PARTS_OF = std::is_same_v<Number, Bfloat16Number>  ? 1
                          : std::is_same_v<Number, Float16Number> ? 2
                                                                  : PARTS;
 constexpr int WIDTH = 2 * SIDE; // of two tiles side by side
-template <class Number> constexpr int PAIR_OF = 2 * PARTS_OF<Number> * TILE; // part by part
-constexpr int PAIR = PAIR_OF<float>;
+template <int COUNT> constexpr int PAIR_OF = 2 * COUNT * TILE; // part by part
 constexpr int NUMBERS = STEP<Bfloat16>; // in a step along the sums
 constexpr int RUN = 3;                  // steps for which a piece of V is at hand
 
@@ -59,22 +58,22 @@ template <int COUNT = PARTS> inline void split(Lanes a, Lanes b, int32_t *to) {
 struct Slot {
   int left, right;
 };
-template <int LEFT_PARTS, int RIGHT_PARTS> struct Slots;
-template <> struct Slots<1, 1> {
+template <int COUNT> struct Slots;
+template <> struct Slots<1> {
   static constexpr Slot SLOT[] = {{0, 0}};
 };
-template <> struct Slots<3, 3> {
+template <> struct Slots<3> {
   static constexpr Slot SLOT[] = {{0, 2}, {0, 1}, {1, 1}, {1, 0}, {0, 0}, {2, 0}};
 };
-template <> struct Slots<2, 2> {
+template <> struct Slots<2> {
   static constexpr Slot SLOT[] = {{0, 1}, {0, 0}, {1, 0}};
 };
 
 // Adds a step of products to the sums of LEFT by RIGHT tiles, which are in their registers.
 // `beside(slot)` is called after each product.
-template <int LEFT, int RIGHT, int LEFT_PARTS, int RIGHT_PARTS, class Beside>
+template <int LEFT, int RIGHT, int COUNT, class Beside>
 void add_step(const int32_t *left, const int32_t *right, Beside beside) {
-  using S = Slots<LEFT_PARTS, RIGHT_PARTS>;
+  using S = Slots<COUNT>;
   // The intrinsics take the numbers of tiles as they are written.
   UNROLL for (int k = 0; k < std::size(S::SLOT); k++) {
     if (k == 0 || S::SLOT[k].left != S::SLOT[k - 1].left) {
@@ -93,13 +92,11 @@ void add_step(const int32_t *left, const int32_t *right, Beside beside) {
 }
 
 // Steps of products, added to sums in memory.
-template <int LEFT, int RIGHT, int LEFT_PARTS, int RIGHT_PARTS, class Left, class Right,
-          class Beside>
+template <int LEFT, int RIGHT, int COUNT, class Left, class Right, class Beside>
 void add_steps(Left left, Right right, int steps, float *sums, Beside beside) {
   Sums<Bfloat16, LEFT, RIGHT>::read(sums, 2 * TILE);
   for (int k = 0; k < steps; k++) {
-    add_step<LEFT, RIGHT, LEFT_PARTS, RIGHT_PARTS>(left(k), right(k),
-                                                   [&](int slot) { beside(k, slot); });
+    add_step<LEFT, RIGHT, COUNT>(left(k), right(k), [&](int slot) { beside(k, slot); });
   }
   Sums<Bfloat16, LEFT, RIGHT>::write(sums, 2 * TILE);
 }
@@ -118,7 +115,7 @@ template <int TILES> void add_tiles(const float *found, float *sums) {
 // tiles have them as columns.
 template <bool RIGHT, int COUNT = PARTS> class FewRows {
 public:
-  static constexpr int PAIR = 2 * COUNT * TILE;
+  static constexpr int PAIR = PAIR_OF<COUNT>;
   const long m, length, pairs, steps, runs;
 
   FewRows(long m, long length)

@@ -12,7 +12,7 @@ namespace {
 
 // Lines of the cache that are asked for beside a product. A step reads two for each row of V; both
 // products go through the same rows, so each has half of them to ask for.
-constexpr int LINES_ASKED = parts_of(TURNS * LINES, std::size(Slots<PARTS, PARTS>::SLOT));
+constexpr int LINES_ASKED = parts_of(TURNS * LINES, std::size(Slots<PARTS>::SLOT));
 
 class Float32Pass {
 public:
@@ -63,7 +63,7 @@ public:
   }
 
 private:
-  static constexpr int RING = 2;
+  static constexpr int RING = 2, PAIR = PAIR_OF<PARTS>;
   int32_t *in_ring(long k) const { return ring.get() + k % RING * PAIR; }
 
   template <int RIGHT> void project(long panel) {
@@ -72,7 +72,7 @@ private:
     settle();
     for (long step = 0; step < A.steps; step++) {
       const int32_t *right = A.at(step / RUN, 0) + step % RUN * PAIR;
-      add_step<2, RIGHT, PARTS, PARTS>(in_ring(step), right, [&](int slot) {
+      add_step<2, RIGHT, PARTS>(in_ring(step), right, [&](int slot) {
         if (slot < TURNS && step + 1 < A.steps) {
           rows.split_lines(panel, step + 1, slot, in_ring(step + 1));
         }
@@ -87,7 +87,7 @@ private:
     for (long strip = 0; strip < columns.count; strip++, to += 4 * TILE) {
       Here::clear();
       settle();
-      add_step<LEFT, 2, PARTS, PARTS>(W.get(), in_ring(strip), [&](int slot) {
+      add_step<LEFT, 2, PARTS>(W.get(), in_ring(strip), [&](int slot) {
         if (slot < TURNS && strip + 1 < columns.count) {
           columns.split_lines(strip + 1, panel, slot, in_ring(strip + 1));
         }

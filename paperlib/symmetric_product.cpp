@@ -43,9 +43,9 @@ template <class Number> struct Tall {
   }
   // The same as left tiles.
   void bring_turned(long row, long column, int32_t *to) const {
-    alignas(64) int32_t lines[PAIR_OF<Number>];
+    alignas(64) int32_t lines[PAIR_OF<COUNT>];
     bring(row, column, lines);
-    for (int tile = 0; tile < PAIR_OF<Number>; tile += TILE) turn(lines + tile, to + tile);
+    for (int tile = 0; tile < PAIR_OF<COUNT>; tile += TILE) turn(lines + tile, to + tile);
   }
 };
 
@@ -72,14 +72,14 @@ void add(const Number *A, const Number *B, float *out, long h, long d, int threa
   const Tall<Number> left{A, h, d}, right{B, h, d};
   const long pairs = parts_of(d, WIDTH);
   const auto tasks = tasks_of(pairs);
-  auto ordered = allocate<int32_t>(pairs * STEPS<Number> * PAIR_OF<Number>);
+  auto ordered = allocate<int32_t>(pairs * STEPS<Number> * PAIR_OF<COUNT>);
   const auto tiles = [](int32_t *of, long pair, long step) {
-    return of + (pair * STEPS<Number> + step) * PAIR_OF<Number>;
+    return of + (pair * STEPS<Number> + step) * PAIR_OF<COUNT>;
   };
 #pragma omp parallel num_threads(threads)
   {
     Units units;
-    auto mine = allocate<int32_t>(GROUP * STEPS<Number> * PAIR_OF<Number>);
+    auto mine = allocate<int32_t>(GROUP * STEPS<Number> * PAIR_OF<COUNT>);
     auto found = allocate<float>(4 * TILE);
     for (long row = 0; row < h; row += STEPS<Number> * WIDTH) {
       const long steps = std::min<long>(STEPS<Number>, parts_of(h - row, WIDTH));
@@ -106,7 +106,7 @@ void add(const Number *A, const Number *B, float *out, long h, long d, int threa
             Sums<Bfloat16, 2, 2>::clear();
             settle();
             for (long k = 0; k < steps; k++) {
-              add_step<2, 2, COUNT, COUNT>(tiles(mine.get(), pair - task.begin, k),
+              add_step<2, 2, COUNT>(tiles(mine.get(), pair - task.begin, k),
                                            tiles(ordered.get(), with, k), [](int) {});
             }
             Sums<Bfloat16, 2, 2>::write(found.get(), 2 * TILE);
