@@ -14,7 +14,7 @@ NAME = "stand_in"
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 
-# What takes tensors of several devices: the first tensor says on which the result is.
+# What takes tensors of several devices.
 COPIES = {aten.copy_.default, aten._to_copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 MULTIPLICATIONS = {
@@ -87,11 +87,8 @@ class OnStandIn(torch.Tensor):
         if kwargs.get("device") is not None:
             kwargs["device"] = CPU
         found = operation(*_held(args), **{name: _held(x) for name, x in kwargs.items()})
-        if operation in COPIES and not there:
-            # A copy to the processor; where there was nothing to be copied, it is one all the same.
-            return args[0] if operation is aten.copy_.default else found.clone()
         if not there:
-            return found
+            return args[0] if operation is aten.copy_.default else found
         found = _moved(found)
         if operation is aten._to_copy.default or "device" in kwargs:
             return found
@@ -163,8 +160,7 @@ def _factory(name):
 
 def _copy_from(source, target, non_blocking=False):
     """Behind `copy_`, where torch leaves the class of a tensor aside."""
-    into, source = (x.held if isinstance(x, OnStandIn) else x for x in (target, source))
-    into.copy_(source)
+    _held(target).copy_(_held(source))
     return target
 
 

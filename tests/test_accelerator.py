@@ -245,22 +245,15 @@ def test_attacks_on_all_layers(there):
 
 @pytest.mark.parametrize("loss", ["squared", "cross-entropy"])
 def test_training(there, loss):
-    y = torch.tensor([0, 1, 0, 1, 1]) if loss == "cross-entropy" else labels(CPU)[:, 0]
+    classes = torch.tensor([0, 1, 0, 1, 1])
+    outputs, y = (2, classes) if loss == "cross-entropy" else (1, labels(CPU)[:, 0])
 
     def run(device):
-        network = paperlib.TwoLayer(D, 50, 2 if y.ndim and not y.is_floating_point() else 1)
-        network = network.to(device)
-        every = paperlib.train(
-            network, data(device), y.to(device), loss=loss, max_steps=20, progress=False
-        )
-        last = paperlib.train_last_layer(
-            random_features(device),
-            data(device),
-            y.to(device),
-            loss=loss,
-            max_steps=20,
-            progress=False,
-        )
+        network = paperlib.TwoLayer(D, 50, outputs, device=device)
+        problem = data(device), y.to(device)
+        options = {"loss": loss, "max_steps": 20, "progress": False}
+        every = paperlib.train(network, *problem, **options)
+        last = paperlib.train_last_layer(random_features(device), *problem, **options)
         return every.theta, last.theta
 
     for found, expected in zip(run(there), run(CPU), strict=True):
@@ -318,11 +311,10 @@ def test_releases_privacy_and_what_is_determined(there):
             model, X, y / y.abs().max(), ridge=1.0, bound=9.0, epsilon=1.0
         ).theta
         alpha = torch.linalg.lstsq(model.features(X).T, theta.T).solution
-        walked = paperlib.walk_explanations(
-            paperlib.RandomFeatures(6, 17, "gelu", device=device, dtype=DOUBLE),
-            *walk_start(device),
-            steps=3,
-        )
+        few = paperlib.RandomFeatures(6, 17, "gelu", device=device, dtype=DOUBLE)
+        x = data(device, n=3, d=6, dtype=DOUBLE)
+        explained = labels(device, n=3, dtype=DOUBLE).T @ few.features(x)
+        walked = paperlib.walk_explanations(few, explained, x, steps=3)
         return (
             theta,
             private,
@@ -366,12 +358,6 @@ def test_subspaces(there):
     same(paperlib.cosine_basis(X, (4, 4, 3), 5), paperlib.cosine_basis(X.cpu(), (4, 4, 3), 5))
     found, expected = paperlib.principal_basis(X, 4), paperlib.principal_basis(X.cpu(), 4)
     same(found @ found.T, expected @ expected.T, rtol=1e-4, atol=1e-5)
-
-
-def walk_start(device):
-    model = paperlib.RandomFeatures(6, 17, "gelu", device=device, dtype=DOUBLE)
-    X = data(device, n=3, d=6, dtype=DOUBLE)
-    return labels(device, n=3, dtype=DOUBLE).T @ model.features(X), X
 
 
 # Blocks
