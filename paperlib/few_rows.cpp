@@ -2,9 +2,10 @@
 // memory. `few_rows.py` compiles this file and says what it is for.
 //
 // A V^T is made of dot products along d: registers hold the sums of a few rows of A with a few of
-// V, and V is read as it lies. W V is made of strips of columns two registers wide: a strip of some
-// hundred rows of V is brought into the order of its products, in the cache, and used for all rows
-// of W. Both ask for what they will need next while they multiply (`_mm_prefetch`).
+// V, and V is read as it lies, so many of its columns at a time that those of A stay in the first
+// cache. W V is made of strips of columns some registers wide: a strip of some dozen rows of V is
+// brought into the order of its products, in the cache, and used for all rows of W. Both ask for
+// what they will need next while they multiply (`_mm_prefetch`).
 //
 // The sums of a row do not depend on how many other rows, or threads, there are.
 
@@ -24,24 +25,38 @@
 
 namespace {
 
-constexpr int STRIP = 2 * LANES; // columns of W V that are summed at once
-constexpr int CHUNK_STEPS = 128; // of the strip in the cache; a step is one product a lane
-constexpr int NEIGHBOURS = 4;    // strips whose next rows are asked for together
+constexpr int PANELS = 4;       // of rows of V, through which A goes together
+constexpr int RUN_BYTES = 4096; // of their rows, at a time
+
+constexpr int STRIP = 2 * COMBINE_PAIRS * LANES; // columns of W V that are summed at once
+constexpr int CHUNK_STEPS = 32; // of the strip in the cache; a step is one product a lane
+constexpr int NEIGHBOURS = 1024 / STRIP; // strips whose next rows are asked for together
 
 // ---- A V^T
 
-// (ROWS, COLUMNS) of the products; A and V begin at the first of them. Of the rows of V that come
-// next, it asks for AHEAD from `next` on.
+// What becomes of the sums for a run of the numbers along d, four for each row of A.
+template <class F, class Out> struct Target {
+  bool first, last; // of the runs
+  typename F::sums *sums; // of those before the last
+  Out *out; // after it
+  long h;
+  const int32_t *offsets;
+};
+
+// (ROWS, COLUMNS) of the products; A and V begin at the first of them, where a run of `count` of
+// the d numbers does. Of the rows of V that come next, it asks for AHEAD from `next` on.
 template <class F, class Out, int ROWS, int COLUMNS, int AHEAD>
-void project_block(const typename F::number *A, const typename F::number *V, long d, Out *out,
-                   long h, const int32_t *offsets, const typename F::number *next) {
+void project_block(const typename F::number *A, const typename F::number *V, long d, long count,
+                   const Target<F, Out> &to, const typename F::number *next) {
   typename F::sums c[ROWS][4];
   UNROLL for (int i = 0; i < ROWS; i++) {
-    UNROLL for (int j = 0; j < 4; j++) c[i][j] = F::zero();
+    UNROLL for (int j = 0; j < 4; j++) {
+      c[i][j] = to.first || j >= COLUMNS ? F::zero() : to.sums[4 * i + j];
+    }
   }
   constexpr int WIDTH = LANES * F::PER_LANE;
   long k = 0;
-  for (; k + WIDTH <= d; k += WIDTH) {
+  for (; k + WIDTH <= count; k += WIDTH) {
     Register v[COLUMNS];
     UNROLL for (int j = 0; j < COLUMNS; j++) v[j] = F::of_v(load_once(V + j * d + k));
     UNROLL for (int j = 0; j < AHEAD; j++) {
@@ -52,16 +67,21 @@ void project_block(const typename F::number *A, const typename F::number *V, lon
       UNROLL for (int j = 0; j < COLUMNS; j++) c[i][j] = F::add_product(c[i][j], v[j], a);
     }
   }
-  if (k < d) {
+  if (k < count) {
     Register v[COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) v[j] = F::of_v(F::first(V + j * d + k, d - k));
+    UNROLL for (int j = 0; j < COLUMNS; j++) v[j] = F::of_v(F::first(V + j * d + k, count - k));
     UNROLL for (int i = 0; i < ROWS; i++) {
-      const Register a = F::first(A + i * d + k, d - k);
+      const Register a = F::first(A + i * d + k, count - k);
       UNROLL for (int j = 0; j < COLUMNS; j++) c[i][j] = F::add_product(c[i][j], v[j], a);
     }
   }
   UNROLL for (int i = 0; i < ROWS; i++) {
-    put(out + i * h, totals(c[i][0], c[i][1], c[i][2], c[i][3], offsets[i]), COLUMNS);
+    if (to.last) {
+      const auto found = totals(c[i][0], c[i][1], c[i][2], c[i][3], to.offsets[i]);
+      put(to.out + i * to.h, found, COLUMNS);
+    } else {
+      UNROLL for (int j = 0; j < COLUMNS; j++) to.sums[4 * i + j] = c[i][j];
+    }
   }
 }
 
@@ -93,21 +113,33 @@ void project(const typename F::number *A, const typename F::number *V, Out *out,
              long d, int threads) {
   auto offsets = allocate<int32_t>(m);
   for (long i = 0; i < m; i++) offsets[i] = F::offset(A + i * d, d);
+  constexpr long GROUP = PANELS * PROJECT_COLUMNS, RUN = RUN_BYTES / sizeof(*V);
   const long blocks = (m + PROJECT_ROWS - 1) / PROJECT_ROWS;
-  const long panels = (h + PROJECT_COLUMNS - 1) / PROJECT_COLUMNS;
+  const long groups = (h + GROUP - 1) / GROUP;
   // The memory gives what comes next more slowly than one block could ask for it.
   const int share = blocks >= 4 ? 1 : blocks >= 2 ? 2 : PROJECT_COLUMNS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long panel = 0; panel < panels; panel++) {
-    const long j = panel * PROJECT_COLUMNS;
-    const int columns = std::min<long>(PROJECT_COLUMNS, h - j);
-    for (long b = 0; b < blocks; b++) {
-      const long i = begin_of(b, m, blocks);
-      const int rows = begin_of(b + 1, m, blocks) - i;
-      const int ahead = b * share < PROJECT_COLUMNS ? share : 0;
-      project_block_of<F, Out>(rows, columns, ahead)(A + i * d, V + j * d, d, out + i * h + j, h,
-                                                     offsets.get() + i,
-                                                     V + (j + PROJECT_COLUMNS + b * share) * d);
+#pragma omp parallel num_threads(threads)
+  {
+    auto sums = allocate<typename F::sums>(m * PANELS * 4);
+#pragma omp for schedule(static)
+    for (long group = 0; group < groups; group++) {
+      const long begin = group * GROUP, end = std::min(h, begin + GROUP);
+      for (long k = 0; k < d; k += RUN) {
+        const long count = std::min(RUN, d - k);
+        auto *so_far = sums.get();
+        for (long b = 0; b < blocks; b++) {
+          const long i = begin_of(b, m, blocks);
+          const int rows = begin_of(b + 1, m, blocks) - i;
+          const int ahead = b * share < PROJECT_COLUMNS ? share : 0;
+          for (long j = begin; j < end; j += PROJECT_COLUMNS, so_far += 4 * rows) {
+            const int columns = std::min<long>(PROJECT_COLUMNS, end - j);
+            const Target<F, Out> to{k == 0, k + RUN >= d, so_far, out + i * h + j, h,
+                                    offsets.get() + i};
+            project_block_of<F, Out>(rows, columns, ahead)(
+                A + i * d + k, V + j * d + k, d, count, to, V + (j + GROUP + b * share) * d + k);
+          }
+        }
+      }
     }
   }
 }
@@ -124,41 +156,42 @@ void copy_strip(const typename F::number *V, long d, int rows, int columns,
   }
 }
 
-// Adds the products of ROWS rows of W with a strip to their sums, two registers a row. The FIRST
-// block of rows brings the strip into order, and asks for the rows of V that come next.
+// Adds the products of ROWS rows of W with a strip to their sums. The FIRST block of rows brings
+// the strip into order. Before every so many steps a block asks for the rows of V of one, of those
+// that come next.
 template <class F, int ROWS, bool FIRST>
 void combine_block(const int32_t *W, const typename F::number *V, long d, int steps,
                    typename F::number *strip, typename F::sums *sums,
-                   const typename F::number *next, long next_d) {
-  typename F::sums c[ROWS][2];
-  UNROLL for (int i = 0; i < ROWS; i++) c[i][0] = c[i][1] = F::zero();
-  for (int s = 0; s < steps; s++, strip += F::PER_LANE * STRIP, W += ROWS) {
-    Register v, u;
-    if (FIRST) {
-      F::order(V, d, v, u);
-      store(strip, v);
-      store(strip + F::PER_LANE * LANES, u);
-      V += F::PER_LANE * d;
-      UNROLL for (int k = 0; k < F::PER_LANE; k++, next += next_d) {
-        _mm_prefetch((const char *)next, _MM_HINT_T1);
-        if (sizeof(typename F::number) * STRIP > 64) {
-          _mm_prefetch((const char *)next + 64, _MM_HINT_T1);
-        }
+                   const typename F::number *next, long next_d, int every) {
+  constexpr int REGISTERS = 2 * COMBINE_PAIRS, NUMBERS = F::PER_LANE * LANES;
+  typename F::sums c[ROWS][REGISTERS];
+  UNROLL for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int q = 0; q < REGISTERS; q++) c[i][q] = F::zero();
+  }
+  for (int step = 0; step < steps;) {
+    UNROLL for (int k = 0; k < F::PER_LANE; k++, next += next_d) {
+      UNROLL for (int q = 0; q < STRIP * sizeof(*V); q += 64) {
+        _mm_prefetch((const char *)next + q, _MM_HINT_T1);
       }
-    } else {
-      v = load(strip);
-      u = load(strip + F::PER_LANE * LANES);
     }
-    UNROLL for (int i = 0; i < ROWS; i++) {
-      const Register w = broadcast(W[i]);
-      c[i][0] = F::add_product(c[i][0], v, w);
-      c[i][1] = F::add_product(c[i][1], u, w);
+    for (const int end = std::min(steps, step + every); step < end; step++) {
+      Register v[REGISTERS];
+      UNROLL for (int q = 0; q < REGISTERS; q += 2) {
+        if (FIRST) F::order(V + q * LANES, d, v[q], v[q + 1]);
+      }
+      UNROLL for (int q = 0; q < REGISTERS; q++) {
+        FIRST ? store(strip + q * NUMBERS, v[q]) : (void)(v[q] = load(strip + q * NUMBERS));
+      }
+      UNROLL for (int i = 0; i < ROWS; i++) {
+        const Register w = broadcast(W[i]);
+        UNROLL for (int q = 0; q < REGISTERS; q++) c[i][q] = F::add_product(c[i][q], v[q], w);
+      }
+      V += F::PER_LANE * d, strip += F::PER_LANE * STRIP, W += ROWS;
     }
   }
   // Sums of sums lose fewer digits than one long sum.
   UNROLL for (int i = 0; i < ROWS; i++) {
-    sums[2 * i] = F::add(sums[2 * i], c[i][0]);
-    sums[2 * i + 1] = F::add(sums[2 * i + 1], c[i][1]);
+    UNROLL for (int q = 0; q < REGISTERS; q++, sums++) *sums = F::add(*sums, c[i][q]);
   }
 }
 
@@ -193,13 +226,15 @@ void order_rows(const typename F::number *W, long m, long h, long blocks, int32_
   }
 }
 
-// The sums of a row for a strip, as they lie in two registers, into the columns that there are.
+// The sums of a row for a strip, as they lie in registers, into the columns that there are.
 template <class F>
 void put_strip(const typename F::sums *sums, int32_t offset, float *out, int columns) {
-  alignas(64) float found[STRIP], line[STRIP];
-  F::write(found, sums[0], offset);
-  F::write(found + LANES, sums[1], offset);
-  for (int k = 0; k < STRIP / 4; k++) std::memcpy(line + F::ORDER[k], found + 4 * k, 16);
+  alignas(64) float found[2 * LANES], line[STRIP];
+  for (int pair = 0; pair < STRIP; pair += 2 * LANES, sums += 2) {
+    F::write(found, sums[0], offset);
+    F::write(found + LANES, sums[1], offset);
+    for (int k = 0; k < LANES / 2; k++) std::memcpy(line + pair + F::ORDER[k], found + 4 * k, 16);
+  }
   std::memcpy(out, line, columns * sizeof(float));
 }
 
@@ -218,12 +253,13 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
   {
     order_rows<F>(W, m, h, blocks, ordered.get(), offsets.get());
     auto strip = allocate<number>(CHUNK * STRIP), end = allocate<number>(CHUNK * STRIP);
-    auto sums = allocate<typename F::sums>(m * 2 * NEIGHBOURS);
+    constexpr int REGISTERS = 2 * COMBINE_PAIRS;
+    auto sums = allocate<typename F::sums>(m * REGISTERS * NEIGHBOURS);
 #pragma omp for schedule(static)
     for (long part = 0; part < parts; part++) {
       const long first = begin_of(part, strips, parts);
       const long count = begin_of(part + 1, strips, parts) - first;
-      std::fill_n(sums.get(), m * 2 * count, F::zero());
+      std::fill_n(sums.get(), m * REGISTERS * count, F::zero());
       for (long row = 0; row < h; row += CHUNK) {
         const int rows = std::min<long>(CHUNK, h - row);
         const int steps = (rows + F::PER_LANE - 1) / F::PER_LANE;
@@ -243,14 +279,16 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
             const int height = begin_of(b + 1, m, blocks) - begin;
             combine_block_of<F>(height, b == 0)(
                 ordered.get() + begin * groups + row / F::PER_LANE * height, here, apart, steps,
-                strip.get(), sums.get() + 2 * (s * m + begin), next, d);
+                strip.get(), sums.get() + REGISTERS * (s * m + begin),
+                next + begin_of(b, CHUNK_STEPS, blocks) * F::PER_LANE * d, d, blocks);
           }
         }
       }
       for (long s = 0; s < count; s++) {
         const long column = (first + s) * STRIP, columns = std::min<long>(STRIP, d - column);
         for (long i = 0; i < m; i++) {
-          put_strip<F>(sums.get() + 2 * (s * m + i), offsets[i], out + i * d + column, columns);
+          put_strip<F>(sums.get() + REGISTERS * (s * m + i), offsets[i], out + i * d + column,
+                       columns);
         }
       }
     }

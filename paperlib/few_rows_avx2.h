@@ -8,7 +8,8 @@ namespace {
 
 constexpr int PROJECT_ROWS = 4;    // of A ..
 constexpr int PROJECT_COLUMNS = 3; // .. with so many of V fit the registers
-constexpr int COMBINE_ROWS = 6;    // of W, with two registers of V
+constexpr int COMBINE_ROWS = 6;    // of W ..
+constexpr int COMBINE_PAIRS = 1;   // .. with so many pairs of registers of V
 
 // The totals of four registers.
 inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d, int32_t) {

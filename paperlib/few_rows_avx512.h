@@ -9,7 +9,8 @@ namespace {
 
 constexpr int PROJECT_ROWS = 6;    // of A ..
 constexpr int PROJECT_COLUMNS = 4; // .. with so many of V fit the registers
-constexpr int COMBINE_ROWS = 14;   // of W, with two registers of V
+constexpr int COMBINE_ROWS = 6;    // of W ..
+constexpr int COMBINE_PAIRS = 2;   // .. with so many pairs of registers of V
 
 #ifdef __AVX512BF16__
 struct Bfloat16 : FloatingSums {

@@ -18,19 +18,24 @@ OLDER = [("-mno-avx512f", torch.float32)] if fast_kernels(torch.device("cpu")) e
 # float32 on matrix units.
 IN_PARTS = [("in parts", torch.float32)] if few_rows.matrix_units.available() else []
 
+# What a processor with AVX-512 would use that has no matrix units.
+VECTORS = [("vectors", dtype) for dtype in (torch.bfloat16, torch.int8) if IN_PARTS]
+
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 and a C++ compiler")
 
-# (rows of A, rows of V, d): every remainder of blocks, panels, strips and chunks of rows.
+# (rows of A, rows of V, d): every remainder of blocks, panels, strips, chunks and runs.
 SHAPES = [(m, 4 * m + 1, 40 + m) for m in range(1, 31)]
 SHAPES += [(3, 700, 512), (31, 257, 640), (14, 1025, 65), (1, 2049, 31), (140, 300, 97)]
+SHAPES += [(8, 37, 2500), (7, 66, 9000)]
 
 
-@pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER + IN_PARTS, ids=str)
+@pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER + IN_PARTS + VECTORS, ids=str)
 def dtype(request, compile_with, monkeypatch):
-    flags, dtype = request.param
-    in_parts = flags == "in parts"
-    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1 if in_parts else 1000)
-    compile_with("" if in_parts else flags)
+    kind, dtype = request.param
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1 if kind == "in parts" else 1000)
+    compile_with(kind if kind.startswith("-") else "")
+    if kind == "vectors":
+        monkeypatch.setattr(few_rows.matrix_units, "multiply", lambda dtype: False)
     return dtype
 
 
