@@ -114,7 +114,12 @@ class Spectrum:
 
 
 def jacobian_spectrum(model: FeatureMap, X: Tensor, alpha: Tensor) -> Spectrum:
-    """Rank and singular values of the Jacobian at (X, alpha); see `parameter_jacobian`."""
+    """Rank and singular values of the Jacobian at (X, alpha); see `parameter_jacobian`.
+
+    Raises:
+        ValueError: as `parameter_jacobian`.
+        TypeError: as `parameter_jacobian`.
+    """
     J = parameter_jacobian(model, X, alpha)
     rows, columns = J.shape
     dead = int((J == 0).all(dim=1).sum())

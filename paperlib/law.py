@@ -25,6 +25,10 @@ def least_parameters(n: int, d: int, outputs: int = 1) -> int:
 
     T = min(C, n) outputs count, since more vectors in the span of n features are dependent:
     T p >= n (d - 1) + n T. That is p >= d n for one output and p >= n + d - 1 once C >= n.
+
+    Raises:
+        ValueError: for n or outputs below 1, or d below 2.
+        TypeError: for one that is no whole number.
     """
     releases = min(check_count("outputs", outputs), check_count("n", n))
     return -(-unknowns(n, d, releases) // releases)

@@ -33,8 +33,8 @@ def fit_min_norm(
 
     Raises:
         ValueError: for wrong shapes, values that are not finite, rows of X off the sphere, fewer
-            features than samples (p < n: no interpolation, and nothing to read back), or labels
-            that are all zero.
+            features than samples (p < n: no interpolation, and nothing to read back), labels that
+            are all zero, or a negative ridge.
         TypeError: for values that are not tensors, or dtypes that differ from the model's.
     """
     check_on_sphere("X", check_finite("X", check_rows("X", X, model)))

@@ -161,7 +161,11 @@ def gaussian_sigma(sensitivity: float, epsilon: float, delta: float) -> float:
 
 
 def gaussian_epsilon(sensitivity: float, sigma: float, delta: float) -> float:
-    """The smallest epsilon at that delta for noise N(0, sigma^2 I); 0 if delta alone covers it."""
+    """The smallest epsilon at that delta for noise N(0, sigma^2 I); 0 if delta alone covers it.
+
+    Raises:
+        ValueError: for a sensitivity or a sigma that is not above 0, or delta outside (0, 1).
+    """
     check_positive("delta", delta, below=1.0)
     low, high = 1e-6, 1.0
     if gaussian_delta(sensitivity, sigma, low) <= delta:

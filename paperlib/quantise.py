@@ -33,8 +33,8 @@ def quantise(theta: Tensor, format: str, *, group: int | None = None) -> Tensor:
 
     Raises:
         TypeError: if theta is not a tensor of floating-point numbers.
-        ValueError: for an unknown format, another shape, values that are not finite, or values
-            that float16 cannot hold.
+        ValueError: for an unknown format, another shape, a group below 1 or for a format without
+            one, values that are not finite, or values that float16 cannot hold.
     """
     if not isinstance(theta, Tensor) or not theta.dtype.is_floating_point:
         kind = theta.dtype if isinstance(theta, Tensor) else type(theta).__name__

@@ -65,8 +65,9 @@ def reconstruct(
 
     Raises:
         ValueError: for an unknown solver, n < 1, p < n, theta of the wrong shape, with values
-            that are not finite, or zero.
-        TypeError: for an option that the solver does not know.
+            that are not finite, or zero; for an option or a seed out of its range.
+        TypeError: for theta that is no tensor or of another dtype than the model, n or a seed that
+            is no whole number, or an option that the solver does not know.
         OSError: if the folder of `resume` cannot be written.
     """
     theta = check_theta(theta, model)

@@ -22,11 +22,12 @@ class Reconstruction:
         status: in words, what may be concluded from the loss.
         explained: whether the loss reached the tolerance.
         identifiable: whether the parameters count more numbers than the data, C p > n (d - 1 + C)
-            for C independent outputs (p > d n for one); if not, other data explain them as well.
-        history: one dict a step: stage, restart, step, loss, damping, inner iterations, and the
-            passes and seconds of the stage up to there.
-        stages: one dict a stage: restart, name, dtype, why it ended, loss, candidates, passes,
-            seconds.
+            for C independent outputs (p > d n for one), where p counts features that some sample
+            moved; if not, other data explain them as well.
+        history: one dict a step: stage, restart, step, loss, damping, inner iterations, whether it
+            was accepted, and the passes and seconds of the stage up to there.
+        stages: one dict a stage: restart, stage (its name), dtype, products, why it ended, loss,
+            candidates, passes, seconds.
         passes: products of the feature weights (or the module's Jacobian) with all candidates.
         seconds: wall time of the whole reconstruction.
         restart: which restart the samples come from.

@@ -37,7 +37,7 @@ def combine_releases(thetas: Sequence[Tensor], *, least: float | None = None) ->
 
     Raises:
         ValueError: for no release, shapes or devices that do not fit, values that are not finite,
-            or a vector of zeros.
+            a vector of zeros, or `least` outside [0, 1).
         TypeError: for something that is not a tensor of floating-point numbers.
     """
     stack = _stack(thetas)

@@ -141,6 +141,7 @@ def export_results(
         The path of the provenance file.
 
     Raises:
+        FileNotFoundError: if there is no store.
         ValueError: if the store is empty.
     """
     records = _read_records(store, version)

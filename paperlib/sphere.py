@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_sphere(X: Tensor) -> Tensor:
-    """Rows of X scaled to norm sqrt(d), (n, d).
+    """Rows of X (n, d) scaled to norm sqrt(d); those that are not finite stay so.
 
     Raises:
         ValueError: if a row is zero.
