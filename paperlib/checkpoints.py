@@ -27,8 +27,8 @@ def load_state_dict(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> di
 
     Args:
         source: path of a .safetensors file, path of a file of `torch.save`, or a state dictionary.
-            A checkpoint that keeps it under "state_dict", "model_state_dict" or "model" is
-            unwrapped.
+            A checkpoint that keeps it under "state_dict", "model_state_dict" or "model", or
+            under another name as its only dictionary of tensors, is unwrapped.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -73,6 +73,9 @@ def _only_tensors(name: str, content: object) -> dict[str, Tensor]:
             return _only_tensors(f"{name}[{wrapper!r}]", content[wrapper])
     if not content:
         raise ValueError(f"{name} holds no tensors")
+    inner = [key for key, value in content.items() if _holds_tensors(value)]
+    if len(inner) == 1 and not any(isinstance(value, Tensor) for value in content.values()):
+        return _only_tensors(f"{name}[{inner[0]!r}]", content[inner[0]])
     others = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise TypeError(
@@ -80,6 +83,27 @@ def _only_tensors(name: str, content: object) -> dict[str, Tensor]:
             f"{_listed(others)}"
         )
     return {str(key): value.detach().cpu() for key, value in content.items()}
+
+
+def _holds_tensors(value: object) -> bool:
+    mapping = isinstance(value, Mapping) and bool(value)
+    return mapping and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def without_prefix(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The state dictionary without what stands before all names of the module, where that is all.
+
+    Wrappers of a module put it there: "module." (DataParallel), "_orig_mod." (torch.compile), or
+    the name of an attribute, as "model.".
+    """
+    expected = set(module.state_dict())
+    if not expected or set(state) == expected:
+        return state
+    one = min(expected)
+    for prefix in {key[: -len(one)] for key in state if key.endswith(f".{one}")}:
+        if {prefix + key for key in expected} == set(state):
+            return {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def check_states_fit(module: nn.Module, states: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -99,10 +123,7 @@ def check_states_fit(module: nn.Module, states: Mapping[str, Mapping[str, Tensor
         if missing or surplus:
             parts = [f"it lacks {_listed(missing)}"] if missing else []
             parts += [f"it has {_listed(surplus)} that the module has not"] if surplus else []
-            hint = ""
-            if surplus and all(key.startswith("module.") for key in surplus):
-                hint = '; names begin with "module.": save model.module.state_dict() instead'
-            raise ValueError(f"{name} does not fit the module: {', and '.join(parts)}{hint}")
+            raise ValueError(f"{name} does not fit the module: {', and '.join(parts)}")
         for key, shape in expected.items():
             if tuple(state[key].shape) != shape:
                 raise ValueError(

@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from paperlib.checkpoints import check_states_fit, load_state_dict, module_from
+from paperlib.checkpoints import (
+    check_states_fit,
+    load_state_dict,
+    module_from,
+    without_prefix,
+)
 
 
 def network():
@@ -111,10 +116,27 @@ def test_states_that_do_not_fit_are_refused(change, message):
         check_states_fit(module, {"before": before, "after": after})
 
 
-def test_the_prefix_of_data_parallel_is_named():
-    state = {f"module.{k}": v for k, v in network().state_dict().items()}
-    with pytest.raises(ValueError, match=r"model\.module\.state_dict"):
-        check_states_fit(network(), {"before": state})
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_the_prefix_of_a_wrapper_is_taken_off(prefix):
+    plain = network().state_dict()
+    wrapped = {prefix + key: value for key, value in plain.items()}
+    found = without_prefix(wrapped, network())
+    assert list(found) == list(plain) and all(found[key] is plain[key] for key in plain)
+    assert without_prefix(plain, network()) is plain
+    # Where something else is there, too, it is not clear what is meant.
+    more = wrapped | {"loss.weight": torch.ones(1)}
+    assert without_prefix(more, network()) is more
+    with pytest.raises(ValueError, match="lacks '0.weight'.* and it has"):
+        check_states_fit(network(), {"before": more})
+
+
+def test_the_only_dictionary_of_tensors_is_taken(tmp_path):
+    state = network().state_dict()
+    torch.save({"net": state, "epoch": 3, "optimizer": {"state": {}, "lr": 0.1}}, tmp_path / "x.pt")
+    assert same(load_state_dict(tmp_path / "x.pt"), state)
+    torch.save({"net": state, "average": state}, tmp_path / "two.pt")
+    with pytest.raises(TypeError, match="got OrderedDict at 'net', 'average'"):
+        load_state_dict(tmp_path / "two.pt")
 
 
 def test_modules_by_name():
