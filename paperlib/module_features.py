@@ -40,6 +40,9 @@ LARGEST_CHUNK = 256
 # Columns of the Jacobians that are computed in one batch.
 DENSE_BATCH = 64
 
+# What a module raises that does not take an input.
+REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, NotImplementedError)
+
 # Two evaluations of one row may differ by rounding (float32 sums in another order), not by more.
 SAME_ROW = 1e-3
 
@@ -90,8 +93,9 @@ class ModuleFeatures(FeatureMap):
 
         Raises:
             TypeError: for anything but a module, or one that computes in another dtype.
-            ValueError: if rows influence each other, if two calls differ, if the output has no
-                row for each input or is not finite, or if it cannot be differentiated twice.
+            ValueError: if the module does not take such inputs, if rows influence each other, if
+                two calls differ, if the output has no row for each input or is not finite, if it
+                cannot be differentiated twice, or if its derivative is zero.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -100,7 +104,7 @@ class ModuleFeatures(FeatureMap):
         self.d = math.prod(self.input_shape)
         self.probes = check_count("probes", probes)
         self.seed = check_count("seed", seed, least=0)
-        self.name = type(module).__name__
+        self.name = getattr(module, "shown_as", type(module).__name__)
         tensors = [t for t in module.parameters()] + [
             b for b in module.buffers() if b.is_floating_point()
         ]
@@ -191,18 +195,31 @@ class ModuleFeatures(FeatureMap):
             first, again, other = (self.forward(X[[0, k]])[0] for k in (1, 1, 2))
         self._expect_same(first, again, "returns something else when called again")
         self._expect_same(first, other, "mixes the rows of a batch")
+        steps = random_on_sphere(2, self.d, generator=stream("module check", 1)).to(X)
         try:
-            tangents = Tangents(self.forward, X[:2])
-            tangents.jvp(X[:2])
+            change = Tangents(self.forward, X[:2]).jvp(steps)
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"{self.name} cannot be differentiated as the solver needs it: {error}"
             ) from error
+        if not bool(change.any()):
+            raise ValueError(
+                f"{self.name} has no derivative in its inputs: is a part of it run under "
+                "torch.no_grad(), detached, rounded, or a step? Leave that out of a copy for the "
+                "attack: values and checkpoints stay the same"
+            )
         return out[0].numel()
 
     def _raw(self, X: Tensor) -> Tensor:
-        with differentiable_attention():
-            out = self.module(X.reshape(-1, *self.input_shape))
+        try:
+            with differentiable_attention():
+                out = self.module(X.reshape(-1, *self.input_shape))
+        except REFUSALS as error:
+            shape = ", ".join(map(str, self.input_shape))
+            raise ValueError(
+                f"{self.name} does not take real inputs of shape ({shape}): "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.name} must return a tensor, got {type(out).__name__}")
         return out
@@ -214,7 +231,8 @@ class ModuleFeatures(FeatureMap):
                 f"it is in training mode: call {self.name}.eval() first, since batch "
                 "normalisation and dropout in training are no function of one sample"
                 if any(part.training for part in self.module.modules())
-                else "features must be a function of one sample alone"
+                else "features must be a function of one sample alone, which dropout that ignores "
+                "eval() is not (F.dropout without training=self.training)"
             )
             raise ValueError(f"{self.name} {fault} (relative difference {difference:.1g}); {mode}")
 
@@ -236,7 +254,9 @@ class Tangents:
             X: (n, d).
             dense: multiply by the Jacobians as matrices, formed when they are first needed.
         """
-        self.value, self._pull = torch.func.vjp(function, X)
+        # Without gradients some kernels (oneDNN's LSTM) keep nothing for the way back.
+        with torch.enable_grad():
+            self.value, self._pull = torch.func.vjp(function, X)
         self._push = None
         self._jacobians: Tensor | None = None
         self._shape = X.shape

@@ -247,12 +247,32 @@ class Sizes(nn.Module):
         (lambda: Sizes(lambda x: (x, x)), TypeError, "return a tensor, got tuple"),
         (lambda: Sizes(lambda x: x.float()), TypeError, "must return torch.float64"),
         (lambda: Sizes(lambda x: x.detach().numpy()), TypeError, "got ndarray"),
+        (lambda: Sizes(lambda x: x.detach() ** 2), ValueError, "Sizes has no derivative"),
+        (lambda: Sizes(lambda x: torch.sign(x)), ValueError, "or a step"),
+        (lambda: nn.Linear(7, 6), ValueError, r"take real inputs of shape \(6\): Run"),
+        (lambda: nn.Embedding(7, 6), ValueError, "Embedding does not take real inputs"),
         (lambda: torch.tanh, TypeError, "torch.nn.Module, got builtin"),
     ],
 )
 def test_modules_that_are_no_feature_map_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         ModuleFeatures(make(), 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])
+def test_recurrent_layers_go_back_whether_gradients_are_on_or_not(outer):
+    """OneDNN's LSTM keeps nothing for the way back where they are off."""
+
+    class Last(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0][:, -1]
+
+    make = lambda: Last(4, 40, batch_first=True)  # noqa: E731
+    model = ModuleFeatures(seeded(make, torch.float32), (3, 4))
+    X = points(2, 12, dtype=torch.float32)
+    theta = model.features(X).sum(0, keepdim=True)
+    with outer():
+        assert float(projection_loss(model, theta, X)) < 1e-10
 
 
 def test_wrong_options_are_refused():
