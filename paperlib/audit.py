@@ -5,7 +5,8 @@ Everything follows from the last layer: how many numbers it holds beside how man
 while they were trained, not even the data explain the parameters, and a loss above zero says little
 of a sample; so there the attack is run twice. Independent starts hardly ever meet but at what the
 parameters point to, and a sample counts as confirmed if both find it. What the parameters point to
-is the data, blurred by how far the features moved: how much, only the data themselves tell.
+is the data, blurred by how far the features moved: how much, only the data themselves tell. Where n
+was guessed too large, a second attack tells which candidates are superfluous.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.audit_report import SAME, in_words
-from paperlib.checkpoints import check_states_fit, load_state_dict
+from paperlib.checkpoints import check_states_fit, load_state_dict, without_prefix
 from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
 from paperlib.compare import Comparison, compare
 from paperlib.elimination import removal_costs
@@ -35,10 +36,11 @@ from paperlib.last_layer import (
 from paperlib.law import independent_rows, most_readable, parameters_told
 from paperlib.module_features import ModuleFeatures
 from paperlib.projection import Linearization, projection_loss
-from paperlib.reconstruct import reconstruct
+from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.sphere import random_on_sphere
+from paperlib.stored_rounding import rounding_of
 from paperlib.streams import stream
 
 # The most candidates tried when the number of samples has to be estimated: each costs an attack.
@@ -46,9 +48,14 @@ MOST = 12
 
 # Where the last sample is added the loss falls by orders of magnitude: rounding is not needed.
 COUNTED = 1e-6
+# Where it neither falls that far nor to zero, no number of samples stands out.
+CLEAR_JUMP = 100.0
 
-# Rows of theta that depend on the others up to the rounding of stored weights add nothing.
+# Rows of theta that depend on the others so closely add nothing.
 INDEPENDENT = 1e-4
+
+# A candidate without which the loss rises by less may be superfluous.
+NEEDED = 1e-6
 
 State = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -61,8 +68,9 @@ class Audit:
         last_layer: its name.
         p: features it reads.
         outputs: C, its rows.
-        independent: rank of theta, at most C: what counts, C' below. (Under cross-entropy the
-            outputs of a softmax move by sums that cancel: the rank is C - 1.)
+        independent: rank of theta, at most C, up to the rounding of the stored weights: what
+            counts, C' below. (Under cross-entropy the outputs of a softmax move by sums that
+            cancel: the rank is C - 1.)
         d: numbers in one input.
         d_searched: d + 1 where the norms of the inputs are unknown and can be read, else d.
         readable: the law: the most samples that theta can determine, C' p / (d - 1 + C') with
@@ -76,6 +84,7 @@ class Audit:
         confirmed: (n,) which of them are confirmed; see `verdict`.
         shares: (n,) how much the loss rises without each sample: those with a small one are found
             last and hidden first.
+        rounding: the share of ||theta||^2 that may be the rounding of the stored weights.
         record: of the attack.
         comparison: with the data, if they were given; errors relative to the mean norm.
         residual_at_truth: projection loss at the data, if they were given.
@@ -99,6 +108,7 @@ class Audit:
     samples: Tensor | None
     confirmed: Tensor | None
     shares: Tensor | None
+    rounding: float
     record: Reconstruction | None
     comparison: Comparison | None
     residual_at_truth: float | None
@@ -118,20 +128,23 @@ class Audit:
 
         - "read back": samples explain the parameters, which hold more numbers than the data. All
           are confirmed.
+        - "partly read back": the same, but fewer than n would do. Those are confirmed that a
+          second attack found, too; the others are superfluous, and need not be near any data.
         - "agreed on", "partly agreed on": they are not explained (no data would, after layers
           below moved), and two independent attacks found the same samples, all or some.
         - "not found": two attacks found different samples.
         - "not determined": n is more than `readable`, other data explain the parameters as well.
           That says nothing about attackers who know more than the parameters of this layer.
-        - "not attacked": n was neither given nor possible to estimate.
+        - "not attacked": n was neither given nor possible to estimate: layers below moved, or no
+          number of samples stood out.
         """
         if self.n is None:
             return "not determined" if self.readable == 0 else "not attacked"
         if self.record is None:
             return "not determined"
-        if _read_back(self.record):
-            return "read back"
         found = int(self.confirmed.sum())
+        if _read_back(self.record):
+            return "read back" if found == self.n else "partly read back"
         if found == self.n:
             return "agreed on"
         return "partly agreed on" if found else "not found"
@@ -180,11 +193,16 @@ def audit(
 ) -> Audit:
     """Attack a model through its last layer, and say what came of it.
 
+    What is attacked follows from plain gradient descent, with or without momentum. Adam, weight
+    decay, dropout and augmentation move the last layer by something else, too, which no data
+    explain: the answer is then more careful than an attack made for them would have to be.
+
     Args:
         module: the architecture; its own weights do not matter. It is copied, and evaluated as
             `module.eval()`. Batch normalisation and dropout make features of training differ from
             those of evaluation: they count as features that moved.
-        before: state dictionary at the start of training, or the path of a checkpoint.
+        before: state dictionary at the start of training, or the path of a checkpoint. A prefix
+            that all names share and the module's lack is taken off.
         after: the same at the end.
         last_layer: name of its last `torch.nn.Linear`, as in `module.named_modules()`. What comes
             after it may not have parameters; those of a module that holds it, such as a class
@@ -202,7 +220,8 @@ def audit(
         restarts: most starts of each of the two attacks.
         max_steps: most steps in one stage of one start.
         tolerance: projection loss at which the parameters count as explained, by default
-            that of `reconstruct`.
+            that of `reconstruct`, or what the rounding of the stored weights leaves if that is
+            more.
         device: where to compute, the CPU if None.
         dtype: float32 (if None) or float64.
         progress: as in `reconstruct`.
@@ -230,7 +249,10 @@ def audit(
     if data is not None:
         _check_data(data, shape)
     device, dtype = check_device(device), check_dtype(dtype)
-    states = {"before": load_state_dict(before), "after": load_state_dict(after)}
+    states = {
+        name: without_prefix(load_state_dict(state), module)
+        for name, state in (("before", before), ("after", after))
+    }
     check_states_fit(module, states)
     trained = deepcopy(module).to(device, dtype).eval().requires_grad_(False)
     trained.load_state_dict(states["after"])
@@ -238,7 +260,8 @@ def audit(
     probe = random_on_sphere(3, d, generator=stream("audit", 0)).to(device, dtype)
     check_last_layer(trained, last_layer, probe.reshape(-1, *shape))
     # Subtracted as they were stored: their difference is small beside them.
-    start, end = (states[k][f"{last_layer}.weight"].double() for k in states)
+    stored = [states[k][f"{last_layer}.weight"] for k in states]
+    start, end = (weights.double() for weights in stored)
     theta = (end - start).to(device, dtype)
     if not bool((theta != 0).any()):
         raise ValueError(
@@ -249,9 +272,11 @@ def audit(
     norm = radius
     if norm is None and is_homogeneous(body, probe.reshape(-1, *shape)):
         norm = math.sqrt(d)
-    inputs = InputsOfAnyNorm(body, shape, radius=norm)
+    inputs = InputsOfAnyNorm(body, shape, radius=norm).eval()
     features = ModuleFeatures(inputs, inputs.d, device=device, dtype=dtype, seed=seed)
-    rank = independent_rows(theta, cutoff=INDEPENDENT)
+    residual = None if data is None else _residual(data, body, theta, shape, features)
+    rounding = rounding_of(stored)
+    rank = independent_rows(theta, cutoff=max(INDEPENDENT, math.sqrt(rounding)))
     known = {
         "last_layer": last_layer,
         "p": features.p,
@@ -269,10 +294,14 @@ def audit(
                 if value.is_floating_point() and not key.startswith(f"{last_layer}.")
             ],
         ),
+        "rounding": rounding,
+        "residual_at_truth": residual,
         "features": features,
         "theta": theta,
         "start": start.to(device),
     }
+    if tolerance is None:
+        tolerance = max(TOLERANCE[dtype], rounding)
     search = {
         "seed": seed,
         "restarts": restarts,
@@ -283,16 +312,16 @@ def audit(
     count = None
     if n is None and known["body_moved"] == 0 and known["readable"]:
         most = min(known["readable"], MOST) if most is None else check_count("most", most)
-        options = search | {"tolerance": max(COUNTED, tolerance or 0), "resume": resume}
+        options = search | {"tolerance": max(COUNTED, tolerance), "resume": resume}
         count = estimate_sample_count(features, theta, most=most, **options)
-        n = count.n
+        n = count.n if count.explained or count.jump >= CLEAR_JUMP else None
     found = _attack(features, theta, n, known["readable"], search | {"resume": resume})
     if found["record"] is not None:
         found["samples"] = inputs.inputs(found["record"].samples)
     return Audit(
         **known,
         **found,
-        **_judge(data, found["samples"], body, theta, shape, features),
+        comparison=_compare(data, found["samples"], features),
         n=n,
         count=count,
         options=search | {"radius": radius, "input_shape": list(shape)},
@@ -307,16 +336,22 @@ def _attack(
     if n is None or n > readable:
         return nothing
     record = reconstruct(features, theta, n, **search)
+    shares = _shares(features, theta, record)
     confirmed = torch.ones(n, dtype=torch.bool)
-    if not _read_back(record):
+    if not _read_back(record) or float(shares.min()) < NEEDED:
         other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
-        if other.loss < record.loss:
+        if other.loss < record.loss and not _read_back(record):
             record, other = other, record
-        if not _read_back(record):
+            shares = _shares(features, theta, record)
+        if not _read_back(record) or float(shares.min()) < NEEDED:
             confirmed = close_rows(record.samples, other.samples)
-    point = Linearization(features, theta, record.samples)
-    shares = removal_costs(point.gram_inverse, point.alpha) / point.total_square
     return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+
+
+def _shares(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Tensor:
+    """How much the loss rises without each of the samples."""
+    point = Linearization(features, theta, record.samples)
+    return removal_costs(point.gram_inverse, point.alpha) / point.total_square
 
 
 def _read_back(record: Reconstruction) -> bool:
@@ -361,23 +396,21 @@ def _check_data(data: object, shape: tuple[int, ...]) -> None:
     check_finite("data", data)
 
 
-def _judge(
-    data: Tensor | None,
-    samples: Tensor | None,
-    body: nn.Module,
-    theta: Tensor,
-    shape: tuple[int, ...],
-    features: ModuleFeatures,
-) -> dict[str, Any]:
-    """What the true inputs leave unexplained, and how close the samples come to them."""
-    nothing = {"comparison": None, "residual_at_truth": None}
-    if data is None:
-        return nothing
+def _residual(
+    data: Tensor, body: nn.Module, theta: Tensor, shape: tuple[int, ...], features: ModuleFeatures
+) -> float:
+    """What the true inputs leave unexplained."""
     rows = data.to(features.device, features.dtype).flatten(1)
-    own = ModuleFeatures(body, shape)
-    residual = float(projection_loss(own, theta, rows))
-    if samples is None:
-        return nothing | {"residual_at_truth": residual}
+    return float(projection_loss(ModuleFeatures(body, shape), theta, rows))
+
+
+def _compare(
+    data: Tensor | None, samples: Tensor | None, features: ModuleFeatures
+) -> Comparison | None:
+    """How close the samples come to the true inputs."""
+    if data is None or samples is None:
+        return None
+    rows = data.to(features.device, features.dtype).flatten(1)
     found = samples.flatten(1)
     unit = math.sqrt(rows.shape[1])
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -386,7 +419,7 @@ def _judge(
         found = found * (unit / torch.linalg.vector_norm(found, dim=1, keepdim=True))
     else:
         rows, found = rows * (unit / norms.mean()), found * (unit / norms.mean())
-    return {"comparison": compare(rows, found), "residual_at_truth": residual}
+    return compare(rows, found)
 
 
 def _moved(states: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> float:

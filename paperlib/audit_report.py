@@ -28,7 +28,7 @@ def in_words(found: Audit) -> list[str]:
         norms = "of unknown norm" if searched else "whose norm leaves no trace"
     lines.append(
         f"layers below  moved by {found.body_moved:.2g} of their norm"
-        + ("" if found.body_moved else ": the last layer holds sums of features exactly")
+        + ("" if found.body_moved else ": plain gradient descent adds up features exactly")
     )
     lines.append(
         f"the law       inputs of {found.d:,} numbers, {norms}: at most {found.readable:,} samples "
@@ -42,15 +42,7 @@ def in_words(found: Audit) -> list[str]:
             "number in the data"
         )
     if found.record is not None:
-        lines.append(
-            f"attack        projection loss {found.record.loss:.1e}: "
-            + (
-                "explained"
-                if found.record.explained
-                else f"not explained; {int(found.confirmed.sum())} of {found.n} samples found "
-                "again from other random candidates"
-            )
-        )
+        lines.append(f"attack        projection loss {found.record.loss:.1e}: {_attacked(found)}")
     lines.append(f"verdict       {found.verdict}: {meaning(found)}")
     if found.comparison is not None:
         result = found.comparison
@@ -68,16 +60,43 @@ def in_words(found: Audit) -> list[str]:
     return lines
 
 
+def _attacked(found: Audit) -> str:
+    """Whether the samples explain the parameters, and how many were found twice."""
+    record, confirmed = found.record, int(found.confirmed.sum())
+    twice = f"{confirmed} of {found.n} samples found again from other random candidates"
+    if not record.explained:
+        return f"not explained; {twice}"
+    rounded = record.options["tolerance"] == found.rounding
+    words = "explained, to the rounding of the stored weights" if rounded else "explained"
+    return words if confirmed == found.n else f"{words}; {twice}"
+
+
 def meaning(found: Audit) -> str:
     """What the verdict says, and what it does not."""
     verdict = found.verdict
+    confirmed = 0 if found.confirmed is None else int(found.confirmed.sum())
     if verdict == "read back":
         return "these samples explain the parameters: they are expected to be the training data"
+    if verdict == "partly read back":
+        return (
+            f"fewer than {found.n} samples would explain the parameters: the {confirmed} that two "
+            "attacks found are expected to be training data, the others are not needed"
+        )
+    if found.record is not None and found.body_moved == 0:
+        # The data would explain the parameters, if n were right and this were plain descent.
+        agreed = f"two attacks agree on {confirmed} of {found.n} samples" if confirmed else "none"
+        least = f", as {found.independent} independent rows show" * (found.n < found.independent)
+        return (
+            f"{agreed}; but {found.n} do not explain the parameters, although the layers below did "
+            f"not move: there are more samples than that{least}, or training was no plain gradient "
+            "descent (Adam, weight decay, dropout, augmentation), or the search ended early. What "
+            "was found need not be near the data"
+        )
     if verdict.endswith("agreed on"):
         return (
-            f"two attacks from independent starts agree on {int(found.confirmed.sum())} of "
-            f"{found.n} samples: there the parameters point to, which is near the data as far as "
-            "the layers below did not move"
+            f"two attacks from independent starts agree on {confirmed} of {found.n} samples: there "
+            "the parameters point to, which is near the data as far as the layers below did not "
+            "move"
         )
     if verdict == "not found":
         return (
@@ -85,6 +104,12 @@ def meaning(found: Audit) -> str:
             "attack, may"
         )
     if verdict == "not attacked":
+        if found.count is not None:
+            return (
+                f"no number of samples up to {len(found.count.losses) - 1} stands out: there are "
+                "more, or training was no plain gradient descent (Adam, weight decay, dropout, "
+                "augmentation); give n"
+            )
         return "how many samples there are cannot be estimated where the layers below moved: give n"
     return (
         "other data explain these parameters as well; that says nothing of attackers who know "

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# Spread of log(norm) of random candidates; norms far outside of it are found as well.
+from paperlib.module_features import REFUSALS
+
+# Spread of log(norm) of random candidates; norms far outside of it can be reached as well.
 LOG_NORM_SPREAD = 0.3
 
 # phi(2 x) and phi(x) point the same way up to rounding.
@@ -68,9 +70,12 @@ def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
     try:
         with torch.no_grad():
             module(inputs)
-    except (RuntimeError, IndexError) as error:
+    except REFUSALS as error:
         shape = ", ".join(map(str, inputs.shape[1:]))
-        raise ValueError(f"the module does not take inputs of shape ({shape}): {error}") from error
+        raise ValueError(
+            f"the module does not take real inputs of shape ({shape}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -82,7 +87,8 @@ def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
     if after:
         raise ValueError(
             f"last_layer {name!r} is not the end of the module: {', '.join(map(repr, after))} with "
-            "parameters of its own comes after it"
+            "parameters of its own comes after it. If that only runs beside it, audit a subclass "
+            "whose forward returns this layer's output alone: the checkpoints still fit"
         )
     return layer
 
@@ -95,6 +101,7 @@ class LastLayerInput(nn.Module):
         super().__init__()
         self.network = network
         self.last_layer = last_layer
+        self.shown_as = type(network).__name__  # in messages to whoever brought the network
 
     def forward(self, X: Tensor) -> Tensor:
         """Run the network and return what the last layer was given."""
@@ -129,11 +136,12 @@ class InputsOfAnyNorm(nn.Module):
     """A body fed with rows on a sphere, whose norms in the network's own units are free or fixed.
 
     The solvers keep candidates on a sphere, as the paper does. Inputs of one known norm r are
-    x = r z / ||z||. Inputs of unknown norms get one coordinate more, t = z_{d+1}:
+    x = r z / ||z||. Inputs of unknown norms get one coordinate more:
 
-        x = sqrt(d) exp(0.3 t) z_{1..d} / ||z_{1..d}||,
+        x = sqrt(d) exp(0.3 s) z_{1..d} / ||z_{1..d}||,    s = sqrt(d) z_{d+1} / ||z_{1..d}||,
 
-    smooth, and with norms spread around sqrt(d) where z is uniform on the sphere.
+    smooth, and with norms spread around sqrt(d) where z is uniform on the sphere. Towards the poles
+    s grows beyond all bounds, and every norm can be reached.
     """
 
     def __init__(self, body: nn.Module, input_shape: Sequence[int], *, radius: float | None):
@@ -146,6 +154,7 @@ class InputsOfAnyNorm(nn.Module):
         """
         super().__init__()
         self.body = body
+        self.shown_as = getattr(body, "shown_as", type(body).__name__)
         self.input_shape = tuple(input_shape)
         self.inputs_d = math.prod(self.input_shape)
         self.radius = radius
@@ -154,9 +163,11 @@ class InputsOfAnyNorm(nn.Module):
     def inputs(self, Z: Tensor) -> Tensor:
         """The inputs (n, *input_shape) that rows on the sphere (n, d) stand for."""
         rows = Z[:, : self.inputs_d]
-        rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        rows = rows / lengths
         if self.radius is None:
-            norms = math.sqrt(self.inputs_d) * torch.exp(LOG_NORM_SPREAD * Z[:, self.inputs_d :])
+            unit = math.sqrt(self.inputs_d)
+            norms = unit * torch.exp(LOG_NORM_SPREAD * unit * Z[:, self.inputs_d :] / lengths)
         else:
             norms = self.radius
         return (rows * norms).reshape(-1, *self.input_shape)
@@ -167,7 +178,8 @@ class InputsOfAnyNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and norm of the inputs."""
-        return f"input_shape={self.input_shape}, radius={self.radius}"
+        norm = "sqrt(d) exp(0.3 s)" if self.radius is None else self.radius
+        return f"input_shape={self.input_shape}, norm={norm}"
 
 
 def is_homogeneous(body: nn.Module, inputs: Tensor) -> bool:

@@ -29,6 +29,7 @@ from paperlib.law import most_readable
 from paperlib.module_features import Tangents
 from paperlib.protections import protections
 from paperlib.reconstruct import SOLVERS
+from paperlib.stored_rounding import EVERY_STEP, MOST, ONCE, rounding_of
 
 # Its module, which the function of that name hides.
 AUDIT = importlib.import_module("paperlib.audit")
@@ -223,6 +224,69 @@ def test_all_samples_are_confirmed_where_the_second_attack_explains(exact, monke
     assert bool(found.confirmed.all())
 
 
+def test_candidates_that_are_not_needed_are_not_confirmed():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(D, 400), nn.GELU())
+    module = nn.Sequential(*body, nn.Linear(400, C)).double()
+    X = inputs()
+    before, after = train(module, X, module[2].parameters())
+    found = audit(
+        module, before, after, last_layer="2", input_shape=D, n=2 * N, data=X,
+        dtype=torch.float64, **QUICK,
+    )  # fmt: skip
+    assert found.record.explained and float(found.shares.min()) < AUDIT.NEEDED
+    near = close_rows(found.samples, X)
+    assert found.comparison.recovered() == N and int(near.sum()) < 2 * N
+    assert torch.equal(found.confirmed, near) and found.verdict == "partly read back"
+    assert "are not needed" in str(found)
+
+
+def test_too_few_samples_are_told_from_samples_that_are_blurred(exact):
+    module, X, before, after, _ = exact
+    given = {"last_layer": "2", "input_shape": D, "dtype": torch.float64, **QUICK}
+    text = str(audit(module, before, after, n=1, data=X, **given))
+    assert "there are more samples than that, as 2 independent rows show" in text
+    assert "need not be near the data" in text and "near the data as far as" not in text
+
+
+def test_a_number_of_samples_that_does_not_stand_out_is_not_attacked(exact):
+    module, _, before, after, _ = exact
+    noise = torch.randn(C, WIDTH, generator=torch.Generator().manual_seed(0)).double()
+    after = after | {"2.weight": before["2.weight"] + 0.01 * noise}
+    found = audit(
+        module, before, after, last_layer="2", input_shape=D, most=3, dtype=torch.float64, **QUICK
+    )
+    assert found.n is None and found.record is None and found.verdict == "not attacked"
+    assert "no number of samples up to 3 stands out" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_rounding_of_stored_weights_is_known(dtype):
+    made = torch.Generator().manual_seed(0)
+    start, step = torch.randn(2, 30, 500, generator=made, dtype=torch.float64)
+    exact = 0.1 * step
+    stored = [start.to(dtype), (start + exact).to(dtype)]
+    lost = (stored[1].double() - stored[0].double() - exact).square().sum() / exact.square().sum()
+    room = ONCE if dtype != torch.float32 else EVERY_STEP
+    assert rounding_of(stored) == pytest.approx(room * float(lost), rel=0.2)
+    assert rounding_of([stored[0], stored[0]]) == 0
+    assert rounding_of([stored[0], stored[0] * (1 + 1e-3)]) <= MOST
+
+
+def test_what_is_explained_to_the_rounding_of_the_checkpoint_is_read_back(exact):
+    module, X, before, after, _ = exact
+    states = [{k: v.half() for k, v in state.items()} for state in (before, after)]
+    found = audit(
+        module, *states, last_layer="2", input_shape=D, n=N, data=X, restarts=1, progress=False
+    )
+    assert found.verdict == "read back" and "to the rounding of the stored weights" in str(found)
+    assert 1e-10 < found.record.loss <= found.rounding < 1e-3
+    # Rows that should depend on one another do so only up to that.
+    assert found.independent == C - 1 and found.comparison.recovered(0.05) == N
+    strict = audit(module, *states, last_layer="2", input_shape=D, n=1000, tolerance=1e-9)
+    assert strict.options["tolerance"] == 1e-9
+
+
 def test_an_audit_goes_on_where_it_was_stopped(exact, monkeypatch, tmp_path):
     module, _, before, after, found = exact
     given = {"last_layer": "2", "input_shape": D, "n": N, "dtype": torch.float64, **QUICK}
@@ -276,7 +340,11 @@ def test_rows_on_the_sphere_stand_for_inputs_of_any_norm():
     assert free.inputs(Z).shape == (2, 2, 3)
     torch.testing.assert_close(x[0] / x[0].norm(), Z[0, :6] / 3)
     assert float(x[0].norm()) == pytest.approx(math.sqrt(6))
-    assert float(x[1].norm()) == pytest.approx(math.sqrt(6) * math.exp(0.45))
+    s = math.sqrt(6) * 1.5 / 3
+    assert float(x[1].norm()) == pytest.approx(math.sqrt(6) * math.exp(0.3 * s))
+    # Rows on the sphere themselves, towards a pole: every norm can be reached.
+    high = free.inputs(to_sphere(torch.tensor([[1.0, 0, 0, 0, 0, 0, 30]]).double()))
+    assert float(high.norm()) > 1e6
     fixed = InputsOfAnyNorm(nn.Identity(), (6,), radius=5.0)
     assert fixed.d == 6 and float(fixed.inputs(Z[:1, :6]).norm()) == pytest.approx(5)
 
@@ -445,6 +513,41 @@ def test_layers_that_are_no_last_layer_are_refused(make, layer, message):
         audit(make(), before, after, last_layer=layer, input_shape=D, n=2)
 
 
+class Trunk(nn.Module):
+    """A network whose lower part is kept from training in a way of its own."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.trunk, self.head, self.way = nn.Linear(D, WIDTH), nn.Linear(WIDTH, C), way
+
+    def forward(self, x):
+        if self.way == "no_grad":
+            with torch.no_grad():
+                return self.head(torch.tanh(self.trunk(x)))
+        if self.way == "detach":
+            return self.head(torch.tanh(self.trunk(x)).detach())
+        if self.way == "assert":
+            assert x.ndim == 3, "expected sequences"
+        return self.head(nn.functional.dropout(torch.tanh(self.trunk(x)), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("no_grad", "Trunk has no derivative in its inputs: .* torch.no_grad"),
+        ("detach", "Trunk has no derivative in its inputs: .* detached"),
+        ("dropout", r"Trunk returns something else when called again .*F.dropout without training"),
+        ("assert", r"does not take real inputs of shape \(6\): AssertionError: expected sequences"),
+    ],
+)
+def test_modules_that_cannot_be_attacked_as_they_are(way, message):
+    module = Trunk(way)
+    before = clone(module)
+    after = {key: value + 0.01 for key, value in before.items()}
+    with pytest.raises(ValueError, match=message):
+        audit(module, before, after, last_layer="head", input_shape=D, n=2)
+
+
 def test_equal_states_are_refused(exact):
     module, _, before, _, _ = exact
     with pytest.raises(ValueError, match="the same before and after"):
@@ -457,7 +560,7 @@ def test_equal_states_are_refused(exact):
         ({"n": 0}, ValueError, "n must be at least 1"),
         ({"radius": -1.0}, ValueError, "radius must be above 0"),
         ({"input_shape": 0}, ValueError, "input_shape must be at least 1"),
-        ({"input_shape": 5}, ValueError, r"does not take inputs of shape \(5\): mat1 and mat2"),
+        ({"input_shape": 5}, ValueError, r"real inputs of shape \(5\): RuntimeError: mat1"),
         ({"data": torch.ones(2, 5)}, ValueError, r"shape \(n, 6\), got \(2, 5\)"),
         ({"data": [1.0]}, TypeError, "data must be a tensor"),
         ({"data": torch.full((2, D), math.nan)}, ValueError, "data must be finite, got 12"),
