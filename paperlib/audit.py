@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,11 @@ from paperlib.last_layer import (
 )
 from paperlib.law import independent_rows, most_readable, parameters_told
 from paperlib.module_features import ModuleFeatures
+from paperlib.progress import Progress
 from paperlib.projection import Linearization, projection_loss
 from paperlib.reconstruct import TOLERANCE, reconstruct
 from paperlib.record import Reconstruction
-from paperlib.sample_count import SampleCount, estimate_sample_count
+from paperlib.sample_count import SampleCount, descend, estimate_sample_count
 from paperlib.sphere import random_on_sphere
 from paperlib.stored_rounding import rounding_of
 from paperlib.streams import stream
@@ -55,7 +56,10 @@ CLEAR_JUMP = 100.0
 INDEPENDENT = 1e-4
 
 # A candidate without which the loss rises by less may be superfluous.
-NEEDED = 1e-6
+NEEDED = 1e-4
+
+# Steps from the rounding of stored weights down to where nothing more is gained.
+FINISH_STEPS = 30
 
 State = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -276,7 +280,8 @@ def audit(
     features = ModuleFeatures(inputs, inputs.d, device=device, dtype=dtype, seed=seed)
     residual = None if data is None else _residual(data, body, theta, shape, features)
     rounding = rounding_of(stored)
-    rank = independent_rows(theta, cutoff=max(INDEPENDENT, math.sqrt(rounding)))
+    # Rounding is spread over all rows, so that the largest direction of it has a part.
+    rank = independent_rows(theta, cutoff=max(INDEPENDENT, 0.5 * math.sqrt(rounding)))
     known = {
         "last_layer": last_layer,
         "p": features.p,
@@ -335,17 +340,30 @@ def _attack(
     nothing = dict.fromkeys(("record", "samples", "confirmed", "shares"))
     if n is None or n > readable:
         return nothing
-    record = reconstruct(features, theta, n, **search)
+    record = _finish(features, theta, reconstruct(features, theta, n, **search))
     shares = _shares(features, theta, record)
     confirmed = torch.ones(n, dtype=torch.bool)
     if not _read_back(record) or float(shares.min()) < NEEDED:
         other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
+        other = _finish(features, theta, other)
         if other.loss < record.loss and not _read_back(record):
             record, other = other, record
             shares = _shares(features, theta, record)
         if not _read_back(record) or float(shares.min()) < NEEDED:
             confirmed = close_rows(record.samples, other.samples)
     return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+
+
+def _finish(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Reconstruction:
+    """Samples that explain the parameters up to rounding, moved to where the loss is least."""
+    target = TOLERANCE[features.dtype]
+    if not target < record.loss <= record.options["tolerance"]:
+        return record
+    with Progress(False) as watch:
+        options = {"target": target, "max_steps": FINISH_STEPS, "watch": watch}
+        run = descend(features, theta, record.samples, None, **options)
+    passes = record.passes + run.passes
+    return replace(record, samples=run.point.X, loss=run.point.loss, passes=passes)
 
 
 def _shares(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Tensor:

@@ -281,6 +281,8 @@ def test_what_is_explained_to_the_rounding_of_the_checkpoint_is_read_back(exact)
     )
     assert found.verdict == "read back" and "to the rounding of the stored weights" in str(found)
     assert 1e-10 < found.record.loss <= found.rounding < 1e-3
+    # Nor does the search end where rounding might begin.
+    assert found.record.loss < 1.01 * found.residual_at_truth < found.rounding
     # Rows that should depend on one another do so only up to that.
     assert found.independent == C - 1 and found.comparison.recovered(0.05) == N
     strict = audit(module, *states, last_layer="2", input_shape=D, n=1000, tolerance=1e-9)
