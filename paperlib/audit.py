@@ -15,18 +15,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from paperlib.audit_report import SAME, in_words
+from paperlib.audit_report import in_words
 from paperlib.checkpoints import check_states_fit, load_state_dict, without_prefix
 from paperlib.checks import check_count, check_device, check_dtype, check_finite, check_positive
 from paperlib.compare import Comparison, compare
-from paperlib.elimination import removal_costs
+from paperlib.confirmed_attack import attack_twice, read_back
 from paperlib.last_layer import (
     InputsOfAnyNorm,
     LastLayerInput,
@@ -35,11 +35,10 @@ from paperlib.last_layer import (
 )
 from paperlib.law import independent_rows, most_readable, parameters_told
 from paperlib.module_features import ModuleFeatures
-from paperlib.progress import Progress
-from paperlib.projection import Linearization, projection_loss
-from paperlib.reconstruct import TOLERANCE, reconstruct
+from paperlib.projection import projection_loss
+from paperlib.reconstruct import TOLERANCE
 from paperlib.record import Reconstruction
-from paperlib.sample_count import SampleCount, descend, estimate_sample_count
+from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.sphere import random_on_sphere
 from paperlib.stored_rounding import rounding_of
 from paperlib.streams import stream
@@ -54,12 +53,6 @@ CLEAR_JUMP = 100.0
 
 # Rows of theta that depend on the others so closely add nothing.
 INDEPENDENT = 1e-4
-
-# A candidate without which the loss rises by less may be superfluous.
-NEEDED = 1e-4
-
-# Steps from the rounding of stored weights down to where nothing more is gained.
-FINISH_STEPS = 30
 
 State = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -147,7 +140,7 @@ class Audit:
         if self.record is None:
             return "not determined"
         found = int(self.confirmed.sum())
-        if _read_back(self.record):
+        if read_back(self.record):
             return "read back" if found == self.n else "partly read back"
         if found == self.n:
             return "agreed on"
@@ -305,8 +298,9 @@ def audit(
         "theta": theta,
         "start": start.to(device),
     }
+    target = TOLERANCE[dtype] if tolerance is None else tolerance
     if tolerance is None:
-        tolerance = max(TOLERANCE[dtype], rounding)
+        tolerance = max(target, rounding)
     search = {
         "seed": seed,
         "restarts": restarts,
@@ -320,7 +314,7 @@ def audit(
         options = search | {"tolerance": max(COUNTED, tolerance), "resume": resume}
         count = estimate_sample_count(features, theta, most=most, **options)
         n = count.n if count.explained or count.jump >= CLEAR_JUMP else None
-    found = _attack(features, theta, n, known["readable"], search | {"resume": resume})
+    found = attack_twice(features, theta, n, known["readable"], target, search | {"resume": resume})
     if found["record"] is not None:
         found["samples"] = inputs.inputs(found["record"].samples)
     return Audit(
@@ -331,56 +325,6 @@ def audit(
         count=count,
         options=search | {"radius": radius, "input_shape": list(shape)},
     )
-
-
-def _attack(
-    features: ModuleFeatures, theta: Tensor, n: int | None, readable: int, search: dict[str, Any]
-) -> dict[str, Any]:
-    """The better of two independent attacks, and which of its samples are confirmed."""
-    nothing = dict.fromkeys(("record", "samples", "confirmed", "shares"))
-    if n is None or n > readable:
-        return nothing
-    record = _finish(features, theta, reconstruct(features, theta, n, **search))
-    shares = _shares(features, theta, record)
-    confirmed = torch.ones(n, dtype=torch.bool)
-    if not _read_back(record) or float(shares.min()) < NEEDED:
-        other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
-        other = _finish(features, theta, other)
-        if other.loss < record.loss and not _read_back(record):
-            record, other = other, record
-            shares = _shares(features, theta, record)
-        if not _read_back(record) or float(shares.min()) < NEEDED:
-            confirmed = close_rows(record.samples, other.samples)
-    return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
-
-
-def _finish(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Reconstruction:
-    """Samples that explain the parameters up to rounding, moved to where the loss is least."""
-    target = TOLERANCE[features.dtype]
-    if not target < record.loss <= record.options["tolerance"]:
-        return record
-    with Progress(False) as watch:
-        options = {"target": target, "max_steps": FINISH_STEPS, "watch": watch}
-        run = descend(features, theta, record.samples, None, **options)
-    passes = record.passes + run.passes
-    return replace(record, samples=run.point.X, loss=run.point.loss, passes=passes)
-
-
-def _shares(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Tensor:
-    """How much the loss rises without each of the samples."""
-    point = Linearization(features, theta, record.samples)
-    return removal_costs(point.gram_inverse, point.alpha) / point.total_square
-
-
-def _read_back(record: Reconstruction) -> bool:
-    """Whether the samples explain the parameters, and no others would."""
-    return record.explained and record.identifiable
-
-
-def close_rows(A: Tensor, B: Tensor, *, tolerance: float = SAME) -> Tensor:
-    """Which rows of A have a row of B within `tolerance` of their norm, (n,) of bool."""
-    distances = torch.cdist(A.double(), B.double()).amin(1)
-    return (distances <= tolerance * torch.linalg.vector_norm(A.double(), dim=1)).cpu()
 
 
 def stretch(samples: Tensor, image_shape: Sequence[int]) -> np.ndarray:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paperlib.audit import Audit, close_rows
+from paperlib.audit import Audit
 from paperlib.audit_report import SAME
 from paperlib.checks import check_positive
+from paperlib.confirmed_attack import close_rows
 from paperlib.quantise import BITS, quantise
 from paperlib.reconstruct import reconstruct
 from paperlib.streams import stream

@@ -1,16 +1,17 @@
 """The audit against its definitions, on networks small enough to train in a moment."""
 
+import dataclasses
 import functools
-import importlib
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from paperlib import least_parameters, projection_loss, to_sphere
-from paperlib.audit import audit, close_rows, stretch
+from paperlib import confirmed_attack, least_parameters, projection_loss, to_sphere
+from paperlib.audit import audit, stretch
 from paperlib.checkpoints import check_states_fit, load_state_dict
+from paperlib.confirmed_attack import close_rows
 from paperlib.experiments.audit import (
     CASES,
     NETWORKS,
@@ -30,9 +31,6 @@ from paperlib.module_features import Tangents
 from paperlib.protections import protections
 from paperlib.reconstruct import SOLVERS
 from paperlib.stored_rounding import EVERY_STEP, MOST, ONCE, rounding_of
-
-# Its module, which the function of that name hides.
-AUDIT = importlib.import_module("paperlib.audit")
 
 D, WIDTH, C, N = 6, 120, 3, 3
 QUICK = {"restarts": 1, "max_steps": 60, "tolerance": 1e-12, "progress": False}
@@ -211,12 +209,12 @@ def test_norms_are_named_as_they_were_given(exact):
 
 def test_all_samples_are_confirmed_where_the_second_attack_explains(exact, monkeypatch):
     module, _, before, after, _ = exact
-    attack = AUDIT.reconstruct
+    attack = confirmed_attack.reconstruct
 
     def first_stops_early(*given, seed, max_steps, **options):
         return attack(*given, seed=seed, max_steps=max_steps if seed else 1, **options)
 
-    monkeypatch.setattr(AUDIT, "reconstruct", first_stops_early)
+    monkeypatch.setattr(confirmed_attack, "reconstruct", first_stops_early)
     found = audit(
         module, before, after, last_layer="2", input_shape=D, n=N, dtype=torch.float64, **QUICK
     )
@@ -224,21 +222,27 @@ def test_all_samples_are_confirmed_where_the_second_attack_explains(exact, monke
     assert bool(found.confirmed.all())
 
 
-def test_candidates_that_are_not_needed_are_not_confirmed():
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(D, 400), nn.GELU())
-    module = nn.Sequential(*body, nn.Linear(400, C)).double()
-    X = inputs()
-    before, after = train(module, X, module[2].parameters())
-    found = audit(
-        module, before, after, last_layer="2", input_shape=D, n=2 * N, data=X,
-        dtype=torch.float64, **QUICK,
-    )  # fmt: skip
-    assert found.record.explained and float(found.shares.min()) < AUDIT.NEEDED
-    near = close_rows(found.samples, X)
-    assert found.comparison.recovered() == N and int(near.sum()) < 2 * N
-    assert torch.equal(found.confirmed, near) and found.verdict == "partly read back"
-    assert "are not needed" in str(found)
+def test_candidates_that_are_not_needed_are_not_confirmed(exact, monkeypatch):
+    module, _, before, after, found = exact
+    rows = found.record.samples
+
+    def beside_others(features, theta, n, *, seed, **_):
+        others = torch.randn(n - N, D + 1, generator=torch.Generator().manual_seed(seed))
+        samples = torch.cat([rows[:1], to_sphere(others.to(rows)), rows[1:]])
+        return dataclasses.replace(found.record, samples=samples)
+
+    monkeypatch.setattr(confirmed_attack, "reconstruct", beside_others)
+    again = audit(
+        module, before, after, last_layer="2", input_shape=D, n=N + 2, dtype=torch.float64, **QUICK
+    )
+    assert again.confirmed.tolist() == [True, False, False, True, True]
+    assert (
+        float(again.shares[1:3].max())
+        < confirmed_attack.NEEDED
+        < float(again.shares[[0, 3, 4]].min())
+    )
+    assert again.verdict == "partly read back"
+    assert "the 3 that two attacks found" in str(again) and "explained; 3 of 5" in str(again)
 
 
 def test_too_few_samples_are_told_from_samples_that_are_blurred(exact):
@@ -571,7 +575,7 @@ def test_equal_states_are_refused(exact):
     ],
 )
 def test_other_bad_input_is_refused_before_any_attack(exact, monkeypatch, options, error, message):
-    monkeypatch.setattr(AUDIT, "reconstruct", refuse)
+    monkeypatch.setattr(confirmed_attack, "reconstruct", refuse)
     module, _, before, after, _ = exact
     given = {"module": module, "before": before, "after": after, "last_layer": "2"}
     given |= {"input_shape": D, "n": N} | options
