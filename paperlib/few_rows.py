@@ -6,8 +6,8 @@ small for the memory; so products with one to a hundred candidates run at a thir
 the rate of a large square product. The kernels of `few_rows.cpp` read V once, as it lies, and ask
 for what comes next while they multiply. They need a C++ compiler and AVX-512, or for float32 AVX2.
 Where a processor has matrix units, those of `matrix_units.cpp` multiply bfloat16 and 8 bits, and
-from some dozen rows on those of `float32_parts.cpp` float32, as sums of three of bfloat16. These
-also multiply an A and a W of float32 with a V of float16, the sum of two, as it is stored.
+those of `float32_parts.cpp` many rows of float32, as sums of three of bfloat16. These also multiply
+an A and a W of float32 with a V of float16, the sum of two, as it is stored.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ BOUNDS = {
 # They are from so many multiplications on.
 WORTHWHILE = 1_000_000
 
-# From so many rows on, a product in float32 is faster in parts on matrix units than whole without
-# them; for fewer, two products that follow one another are (`one_reading.py`).
-PARTS_LEAST_ROWS = 33
+# From so many rows on, a product in float32 is faster in parts on matrix units than by the vector
+# instructions of `few_rows.cpp`. For fewer it is as fast while nothing else asks for the units, and
+# takes up to 1.4 times as long while a neighbour on the same processor does.
+PARTS_LEAST_ROWS = 112
+# Where those are not for such sizes, a product in parts is faster than the libraries from so many
+# rows on; for fewer, two products that follow one another are (`one_reading.py`).
+PARTS_LEAST_ROWS_ELSEWHERE = 33
 
 # So many products of a number in 0 .. 255 and one in -127 .. 127 add up within 32 bits.
 MOST_SHIFTED_TERMS = (2**31 - 1) // (255 * 127)
@@ -65,8 +69,7 @@ def takes(A: Tensor, V: Tensor) -> bool:
     if A.dtype != (torch.int8 if V.dtype == torch.int8 else arithmetic(V.dtype)):
         return False
     h, d = V.shape
-    least, most, share = BOUNDS[source(len(A), V.dtype)]
-    if d < least or len(A) > min(most, share * d):
+    if not _within(BOUNDS[source(len(A), d, V.dtype)], len(A), d):
         return False
     if len(A) * h * d < WORTHWHILE:
         return False
@@ -79,13 +82,19 @@ def takes(A: Tensor, V: Tensor) -> bool:
     return available(V.dtype)
 
 
-def source(rows: int, dtype: torch.dtype) -> str:
-    """The file whose kernels multiply so many rows with a V of that dtype, where there are any."""
+def source(rows: int, d: int, dtype: torch.dtype) -> str:
+    """The file whose kernels multiply so many rows with a V of d columns, where there are any."""
     if dtype == torch.float16:
         return matrix_units.PARTS_SOURCE
-    if dtype == torch.float32 and rows >= PARTS_LEAST_ROWS and matrix_units.available():
-        return matrix_units.PARTS_SOURCE
+    if dtype == torch.float32 and matrix_units.available():
+        whole = _within(BOUNDS[SOURCE], rows, d)
+        least = PARTS_LEAST_ROWS if whole else PARTS_LEAST_ROWS_ELSEWHERE
+        return matrix_units.PARTS_SOURCE if rows >= least else SOURCE
     return matrix_units.SOURCE if matrix_units.multiply(dtype) else SOURCE
+
+
+def _within(bounds: Bounds, rows: int, d: int) -> bool:
+    return d >= bounds.least_dimension and rows <= min(bounds.most_rows, bounds.share * d)
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
@@ -102,7 +111,7 @@ def combine(W: Tensor, V: Tensor) -> Tensor:
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:
     A = A.contiguous()
     name = f"{product}_{NAMES[V.dtype]}"
-    call(source(len(A), V.dtype), name, A, V, out, len(A), *V.shape)
+    call(source(len(A), V.shape[1], V.dtype), name, A, V, out, len(A), *V.shape)
     return out
 
 

@@ -20,6 +20,9 @@ from paperlib.int8 import Int8Rows
 
 SOURCE = "one_reading.cpp"
 
+# Of float32: what the sums of more take leaves no room in the cache for V.
+FLOAT32_MOST_ROWS = 32
+
 
 def takes(
     A: Tensor | Int8Rows, V: Tensor | Int8Rows, activations: Given | TwoSlopes, outputs: int
@@ -29,14 +32,10 @@ def takes(
 
 
 def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
-    """Whether rows of A can go through V and back: formats of the units, or few of float32.
-
-    What the sums of more rows in float32 take leaves no room in the cache for V: there, the two
-    products by themselves are as fast.
-    """
+    """Whether rows of A can go through V and back: formats of the units, or few of float32."""
     if isinstance(V, Int8Rows):
         A, V = A.values, V.values
-    few = V.dtype == torch.float32 and len(A) < few_rows.PARTS_LEAST_ROWS
+    few = V.dtype == torch.float32 and len(A) <= FLOAT32_MOST_ROWS
     units = matrix_units.available() if few else matrix_units.multiply(V.dtype)
     return units and few_rows.takes(A, V)
 

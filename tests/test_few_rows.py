@@ -29,10 +29,15 @@ SHAPES += [(3, 700, 512), (31, 257, 640), (14, 1025, 65), (1, 2049, 31), (140, 3
 SHAPES += [(8, 37, 2500), (7, 66, 9000)]
 
 
+def in_parts_from(rows, monkeypatch):
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", rows)
+    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS_ELSEWHERE", rows)
+
+
 @pytest.fixture(params=[("", dtype) for dtype in AVAILABLE] + OLDER + IN_PARTS + VECTORS, ids=str)
 def dtype(request, compile_with, monkeypatch):
     kind, dtype = request.param
-    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1 if kind == "in parts" else 1000)
+    in_parts_from(1 if kind == "in parts" else 1000, monkeypatch)
     compile_with(kind if kind.startswith("-") else "")
     if kind == "vectors":
         monkeypatch.setattr(few_rows.matrix_units, "multiply", lambda dtype: False)
@@ -167,7 +172,7 @@ def test_left_factors_may_lie_anyhow(dtype):
 
 
 def test_they_take_what_they_are_faster_for_and_can_do(monkeypatch):
-    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1000)
+    in_parts_from(1000, monkeypatch)
     d, most, share = BOUNDS[SOURCE]
     h = WORTHWHILE // d + 1
     A, W, V = factors(torch.float32, 3, h, d)
@@ -191,7 +196,7 @@ def test_they_take_what_they_are_faster_for_and_can_do(monkeypatch):
 @pytest.mark.skipif(not IN_PARTS, reason="no matrix units")
 def test_parts_of_float32_are_whole(monkeypatch):
     """Every digit counts, however far apart the sizes of numbers are, and whatever their signs."""
-    monkeypatch.setattr(few_rows, "PARTS_LEAST_ROWS", 1)
+    in_parts_from(1, monkeypatch)
     sizes = 2.0 ** torch.arange(-60, 60, dtype=torch.float64)
     numbers = ((1 + torch.rand(120, dtype=torch.float64)) * sizes).float()
     numbers[::2] *= -1
@@ -203,15 +208,19 @@ def test_parts_of_float32_are_whole(monkeypatch):
 
 
 @pytest.mark.skipif(not IN_PARTS, reason="no matrix units")
-def test_they_take_more_rows_of_float32_in_parts(monkeypatch):
-    few, many = few_rows.PARTS_LEAST_ROWS - 1, few_rows.PARTS_LEAST_ROWS
-    V = torch.randn(1000, 2 * many)
-    assert few_rows.takes(V[:many], V) and not few_rows.takes(V[:few], V)
-    assert not few_rows.takes(V[: many + 1], V)
+@pytest.mark.parametrize(
+    ("d", "least"), [(448, "PARTS_LEAST_ROWS"), (200, "PARTS_LEAST_ROWS_ELSEWHERE")]
+)
+def test_they_take_more_rows_of_float32_in_parts(d, least, monkeypatch):
+    many = getattr(few_rows, least)
+    V = torch.randn(2000, d)
+    whole = d >= BOUNDS[SOURCE].least_dimension
+    assert few_rows.takes(V[:many], V) and few_rows.takes(V[: many - 1], V) == whole
+    assert not few_rows.takes(V[: d // 2 + 1], V)
     assert not few_rows.takes(V[:many].double(), V.double())
     used = []
     monkeypatch.setattr(few_rows, "call", lambda source, *arguments: used.append(source))
-    for rows in (few, many):
+    for rows in (many - 1, many):
         few_rows.project(V[:rows], V)
     assert used == [SOURCE, few_rows.matrix_units.PARTS_SOURCE]
 

@@ -26,7 +26,7 @@ ALL_SHAPES = [
     (dtype, shape)
     for dtype in TOLERANCES
     for shape in SHAPES
-    if dtype != torch.float32 or shape[0] < few_rows.PARTS_LEAST_ROWS - 1
+    if dtype != torch.float32 or shape[0] < one_reading.FLOAT32_MOST_ROWS
 ]
 WIDE_SHAPES = [(dtype, shape) for dtype, shape in ALL_SHAPES if dtype != torch.int8]
 
@@ -151,7 +151,7 @@ def test_it_takes_what_its_two_products_take(monkeypatch):
 
 
 def test_float32_goes_in_parts_and_only_few_rows_of_it():
-    V, most = randn(300, 512), few_rows.PARTS_LEAST_ROWS - 1
+    V, most = randn(300, 512), one_reading.FLOAT32_MOST_ROWS
     A = randn(most + 1, 512)
     assert one_reading.takes_pass(A[:most], V)
     assert few_rows.takes(A, V) and not one_reading.takes_pass(A, V)
