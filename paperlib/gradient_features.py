@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.checks import check_finite, check_positive, check_rows
-from paperlib.module_features import ModuleFeatures, differentiable_attention
+from paperlib.module_features import ModuleFeatures
 from paperlib.networks.two_layer import Pointwise
 from paperlib.saved_activations import saved_bytes
+from paperlib.second_derivatives import differentiable_attention
 
 
 class GradientFeatures(ModuleFeatures):

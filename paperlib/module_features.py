@@ -17,17 +17,16 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paperlib.checks import check_count, check_device, check_dtype, check_positive, check_rows
 from paperlib.feature_map import FeatureBlock, FeatureMap
 from paperlib.saved_activations import saved_bytes
+from paperlib.second_derivatives import differentiable_attention, differentiable_layers
 from paperlib.sphere import random_on_sphere
 from paperlib.streams import stream
 
@@ -110,7 +109,8 @@ class ModuleFeatures(FeatureMap):
         ]
         self.device = check_device(device or (tensors[0].device if tensors else None))
         self.dtype = check_dtype(dtype or (tensors[0].dtype if tensors else None))
-        self.module = deepcopy(module).to(self.device, self.dtype).requires_grad_(False)
+        copied = differentiable_layers(deepcopy(module))
+        self.module = copied.to(self.device, self.dtype).requires_grad_(False)
         self.p = self._try_out()
         budget = check_positive("memory", memory) * 2**30
         # How many samples' graphs fit; the module itself is not counted.
@@ -370,15 +370,3 @@ class ModuleBlock(FeatureBlock):
         G = torch.cat(pulled, dim=1).double()
         gram = torch.einsum("kid,kjd->ij", G, G) / (self.model.probes * d)
         return 0.5 * (gram + gram.T)
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Attention by plain operations: its fused kernels have no second derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -245,6 +245,23 @@ def test_candidates_that_are_not_needed_are_not_confirmed(exact, monkeypatch):
     assert "the 3 that two attacks found" in str(again) and "explained; 3 of 5" in str(again)
 
 
+def test_samples_explained_to_rounding_are_moved_to_where_the_loss_is_least(exact, monkeypatch):
+    found = exact[-1]
+    features, theta, rows = found.features, found.theta, found.record.samples
+    near = to_sphere(rows + 1e-3 * torch.randn(rows.shape, generator=torch.Generator()).to(rows))
+    loss = float(projection_loss(features, theta, near))
+    options = found.record.options | {"tolerance": 2 * loss}
+    record = dataclasses.replace(found.record, samples=near, loss=loss, options=options)
+    monkeypatch.setattr(confirmed_attack, "reconstruct", lambda *_, **__: record)
+    attack = lambda target: confirmed_attack.attack_twice(  # noqa: E731
+        features, theta, N, found.readable, target, {"seed": 0}
+    )["record"]
+    assert attack(2 * loss) is record  # as far as was asked for
+    moved = attack(1e-20)
+    assert moved.loss < 1e-6 * loss and moved.passes > record.passes
+    assert float((moved.samples - rows).norm()) < 0.01 * float((near - rows).norm())
+
+
 def test_too_few_samples_are_told_from_samples_that_are_blurred(exact):
     module, X, before, after, _ = exact
     given = {"last_layer": "2", "input_shape": D, "dtype": torch.float64, **QUICK}

@@ -6,7 +6,7 @@ from paperlib import matrix_units
 from paperlib.checks import check_rows
 from paperlib.given_features import GivenFeatures
 from paperlib.min_norm import fit_min_norm
-from paperlib.module_features import ModuleFeatures
+from paperlib.module_features import ModuleFeatures, Tangents
 from paperlib.networks.network import ImageRows
 from paperlib.projection import Linearization, projection_loss
 from paperlib.random_features import RandomFeatures
@@ -273,6 +273,21 @@ def test_recurrent_layers_go_back_whether_gradients_are_on_or_not(outer):
     theta = model.features(X).sum(0, keepdim=True)
     with outer():
         assert float(projection_loss(model, theta, X)) < 1e-10
+
+
+def test_layers_without_a_second_derivative_are_replaced_by_the_same_functions():
+    gate = nn.Hardsigmoid()
+    module = nn.Sequential(nn.Sequential(nn.Linear(6, 9), gate), nn.Linear(9, 7), gate)
+    module = module.double().eval()
+    model, X = ModuleFeatures(module, 6), points(4, 6)
+    torch.testing.assert_close(model.features(X), module(X))
+    assert module[0][1] is module[2] is gate  # those of the user stay
+    alone = ModuleFeatures(gate.eval(), 6, dtype=torch.float64)
+    x = torch.tensor([[-4.0, -3.5, -1, 0, 2, 5]], dtype=torch.float64)
+    torch.testing.assert_close(alone.features(x), nn.functional.hardsigmoid(x))
+    slopes = Tangents(alone.forward, x).vjp(torch.ones_like(x))
+    expected = torch.tensor([[0, 0, 1, 1, 1, 0]], dtype=torch.float64) / 6
+    torch.testing.assert_close(slopes, expected)
 
 
 def test_wrong_options_are_refused():

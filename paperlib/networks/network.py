@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from paperlib.checks import check_count, check_device, check_dtype
 from paperlib.feature_map import FeatureMap
-from paperlib.module_features import ModuleFeatures, differentiable_attention
+from paperlib.module_features import ModuleFeatures
+from paperlib.second_derivatives import differentiable_attention
 from paperlib.streams import stream
 
 
