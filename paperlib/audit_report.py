@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paperlib.law import least_parameters
+from paperlib.reconstruct import TOLERANCE
 
 if TYPE_CHECKING:
     from paperlib.audit import Audit
@@ -66,7 +67,7 @@ def _attacked(found: Audit) -> str:
     twice = f"{confirmed} of {found.n} samples found again from other random candidates"
     if not record.explained:
         return f"not explained; {twice}"
-    rounded = record.options["tolerance"] == found.rounding
+    rounded = record.loss > TOLERANCE[found.features.dtype] and found.rounding >= record.loss
     words = "explained, to the rounding of the stored weights" if rounded else "explained"
     return words if confirmed == found.n else f"{words}; {twice}"
 
@@ -84,13 +85,13 @@ def meaning(found: Audit) -> str:
         )
     if found.record is not None and found.body_moved == 0:
         # The data would explain the parameters, if n were right and this were plain descent.
-        agreed = f"two attacks agree on {confirmed} of {found.n} samples" if confirmed else "none"
         least = f", as {found.independent} independent rows show" * (found.n < found.independent)
         return (
-            f"{agreed}; but {found.n} do not explain the parameters, although the layers below did "
-            f"not move: there are more samples than that{least}, or training was no plain gradient "
-            "descent (Adam, weight decay, dropout, augmentation), or the search ended early. What "
-            "was found need not be near the data"
+            f"two attacks agree on {confirmed or 'none'} of {found.n} samples, but those do not "
+            "explain the parameters, although the layers below did not move: there are more "
+            f"samples than that{least}, or training was no plain gradient descent (Adam, weight "
+            "decay, dropout, augmentation), or the search ended early. What was found need not be "
+            "near the data"
         )
     if verdict.endswith("agreed on"):
         return (

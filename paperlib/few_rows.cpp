@@ -29,16 +29,16 @@ constexpr int PANELS = 4;       // of rows of V, through which A goes together
 constexpr int RUN_BYTES = 4096; // of their rows, at a time
 
 constexpr int STRIP = 2 * COMBINE_PAIRS * LANES; // columns of W V that are summed at once
-constexpr int CHUNK_STEPS = 32; // of the strip in the cache; a step is one product a lane
-constexpr int NEIGHBOURS = 1024 / STRIP; // strips whose next rows are asked for together
+constexpr int CHUNK_STEPS = 32;                  // of it in the cache; one product a lane each
+constexpr int NEIGHBOURS = 1024 / STRIP;         // strips whose next rows are asked for together
 
 // ---- A V^T
 
 // What becomes of the sums for a run of the numbers along d, four for each row of A.
 template <class F, class Out> struct Target {
-  bool first, last; // of the runs
+  bool first, last;       // of the runs
   typename F::sums *sums; // of those before the last
-  Out *out; // after it
+  Out *out;               // after it
   long h;
   const int32_t *offsets;
 };
