@@ -271,7 +271,10 @@ def audit(
         norm = math.sqrt(d)
     inputs = InputsOfAnyNorm(body, shape, radius=norm).eval()
     features = ModuleFeatures(inputs, inputs.d, device=device, dtype=dtype, seed=seed)
-    residual = None if data is None else _residual(data, body, theta, shape, features)
+    rows = residual = None
+    if data is not None:
+        rows = data.to(device, dtype).flatten(1)
+        residual = float(projection_loss(ModuleFeatures(body, shape), theta, rows))
     rounding = rounding_of(stored)
     # Rounding is spread over all rows, so that the largest direction of it has a part.
     rank = independent_rows(theta, cutoff=max(INDEPENDENT, 0.5 * math.sqrt(rounding)))
@@ -298,6 +301,7 @@ def audit(
         "theta": theta,
         "start": start.to(device),
     }
+    # What explains up to rounding is found; then it is moved as far down as ever.
     target = TOLERANCE[dtype] if tolerance is None else tolerance
     if tolerance is None:
         tolerance = max(target, rounding)
@@ -320,7 +324,7 @@ def audit(
     return Audit(
         **known,
         **found,
-        comparison=_compare(data, found["samples"], features),
+        comparison=_compare(rows, found["samples"], features),
         n=n,
         count=count,
         options=search | {"radius": radius, "input_shape": list(shape)},
@@ -358,21 +362,12 @@ def _check_data(data: object, shape: tuple[int, ...]) -> None:
     check_finite("data", data)
 
 
-def _residual(
-    data: Tensor, body: nn.Module, theta: Tensor, shape: tuple[int, ...], features: ModuleFeatures
-) -> float:
-    """What the true inputs leave unexplained."""
-    rows = data.to(features.device, features.dtype).flatten(1)
-    return float(projection_loss(ModuleFeatures(body, shape), theta, rows))
-
-
 def _compare(
-    data: Tensor | None, samples: Tensor | None, features: ModuleFeatures
+    rows: Tensor | None, samples: Tensor | None, features: ModuleFeatures
 ) -> Comparison | None:
-    """How close the samples come to the true inputs."""
-    if data is None or samples is None:
+    """How close the samples come to the true inputs (n, d)."""
+    if rows is None or samples is None:
         return None
-    rows = data.to(features.device, features.dtype).flatten(1)
     found = samples.flatten(1)
     unit = math.sqrt(rows.shape[1])
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

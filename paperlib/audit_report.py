@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paperlib.confirmed_attack import SAME
 from paperlib.law import least_parameters
 from paperlib.reconstruct import TOLERANCE
 
 if TYPE_CHECKING:
     from paperlib.audit import Audit
 
-# Two attacks found the same sample when their candidates are this close, relative to their norm.
-SAME = 0.2
+# What moves a last layer by more than sums of features.
+NO_PLAIN_DESCENT = (
+    "training was no plain gradient descent (Adam, weight decay, dropout, augmentation)"
+)
 
 
 def in_words(found: Audit) -> list[str]:
@@ -89,9 +92,8 @@ def meaning(found: Audit) -> str:
         return (
             f"two attacks agree on {confirmed or 'none'} of {found.n} samples, but those do not "
             "explain the parameters, although the layers below did not move: there are more "
-            f"samples than that{least}, or training was no plain gradient descent (Adam, weight "
-            "decay, dropout, augmentation), or the search ended early. What was found need not be "
-            "near the data"
+            f"samples than that{least}, or {NO_PLAIN_DESCENT}, or the search ended early. What was "
+            "found need not be near the data"
         )
     if verdict.endswith("agreed on"):
         return (
@@ -108,8 +110,7 @@ def meaning(found: Audit) -> str:
         if found.count is not None:
             return (
                 f"no number of samples up to {len(found.count.losses) - 1} stands out: there are "
-                "more, or training was no plain gradient descent (Adam, weight decay, dropout, "
-                "augmentation); give n"
+                f"more, or {NO_PLAIN_DESCENT}; give n"
             )
         return "how many samples there are cannot be estimated where the layers below moved: give n"
     return (

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paperlib.audit_report import SAME
 from paperlib.elimination import removal_costs
 from paperlib.module_features import ModuleFeatures
 from paperlib.progress import Progress
@@ -21,6 +20,9 @@ from paperlib.projection import Linearization
 from paperlib.reconstruct import reconstruct
 from paperlib.record import Reconstruction
 from paperlib.sample_count import descend
+
+# Two attacks found the same sample when their candidates are this close, relative to their norm.
+SAME = 0.2
 
 # A candidate without which the loss rises by less may be superfluous.
 NEEDED = 1e-4
@@ -54,18 +56,27 @@ def attack_twice(
     nothing = dict.fromkeys(("record", "samples", "confirmed", "shares"))
     if n is None or n > readable:
         return nothing
-    record = _finish(features, theta, reconstruct(features, theta, n, **search), target)
+
+    def attempt(seed: int) -> Reconstruction:
+        record = reconstruct(features, theta, n, **search | {"seed": seed})
+        return _finish(features, theta, record, target)
+
+    record = attempt(search["seed"])
     shares = _shares(features, theta, record)
     confirmed = torch.ones(n, dtype=torch.bool)
-    if not read_back(record) or float(shares.min()) < NEEDED:
-        other = reconstruct(features, theta, n, **search | {"seed": search["seed"] + 1})
-        other = _finish(features, theta, other, target)
+    if _in_doubt(record, shares):
+        other = attempt(search["seed"] + 1)
         if other.loss < record.loss and not read_back(record):
             record, other = other, record
             shares = _shares(features, theta, record)
-        if not read_back(record) or float(shares.min()) < NEEDED:
+        if _in_doubt(record, shares):
             confirmed = close_rows(record.samples, other.samples)
     return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+
+
+def _in_doubt(record: Reconstruction, shares: Tensor) -> bool:
+    """Whether samples need a witness."""
+    return not read_back(record) or float(shares.min()) < NEEDED
 
 
 def _finish(
@@ -92,7 +103,7 @@ def read_back(record: Reconstruction) -> bool:
     return record.explained and record.identifiable
 
 
-def close_rows(A: Tensor, B: Tensor, *, tolerance: float = SAME) -> Tensor:
-    """Which rows of A have a row of B within `tolerance` of their norm, (n,) of bool."""
+def close_rows(A: Tensor, B: Tensor) -> Tensor:
+    """Which rows of A have a row of B within `SAME` of their norm, (n,) of bool."""
     distances = torch.cdist(A.double(), B.double()).amin(1)
-    return (distances <= tolerance * torch.linalg.vector_norm(A.double(), dim=1)).cpu()
+    return (distances <= SAME * torch.linalg.vector_norm(A.double(), dim=1)).cpu()

@@ -28,9 +28,10 @@ namespace {
 constexpr int PANELS = 4;       // of rows of V, through which A goes together
 constexpr int RUN_BYTES = 4096; // of their rows, at a time
 
-constexpr int STRIP = 2 * COMBINE_PAIRS * LANES; // columns of W V that are summed at once
-constexpr int CHUNK_STEPS = 32;                  // of it in the cache; one product a lane each
-constexpr int NEIGHBOURS = 1024 / STRIP;         // strips whose next rows are asked for together
+constexpr int REGISTERS = 2 * COMBINE_PAIRS; // of a row of ..
+constexpr int STRIP = REGISTERS * LANES;     // .. columns of W V that are summed at once
+constexpr int CHUNK_STEPS = 32;              // of it in the cache; one product a lane each
+constexpr int NEIGHBOURS = 1024 / STRIP;     // strips whose next rows are asked for together
 
 // ---- A V^T
 
@@ -163,7 +164,7 @@ template <class F, int ROWS, bool FIRST>
 void combine_block(const int32_t *W, const typename F::number *V, long d, int steps,
                    typename F::number *strip, typename F::sums *sums,
                    const typename F::number *next, long next_d, int every) {
-  constexpr int REGISTERS = 2 * COMBINE_PAIRS, NUMBERS = F::PER_LANE * LANES;
+  constexpr int NUMBERS = F::PER_LANE * LANES;
   typename F::sums c[ROWS][REGISTERS];
   UNROLL for (int i = 0; i < ROWS; i++) {
     UNROLL for (int q = 0; q < REGISTERS; q++) c[i][q] = F::zero();
@@ -176,11 +177,11 @@ void combine_block(const int32_t *W, const typename F::number *V, long d, int st
     }
     for (const int end = std::min(steps, step + every); step < end; step++) {
       Register v[REGISTERS];
-      UNROLL for (int q = 0; q < REGISTERS; q += 2) {
-        if (FIRST) F::order(V + q * LANES, d, v[q], v[q + 1]);
-      }
-      UNROLL for (int q = 0; q < REGISTERS; q++) {
-        FIRST ? store(strip + q * NUMBERS, v[q]) : (void)(v[q] = load(strip + q * NUMBERS));
+      if (FIRST) {
+        UNROLL for (int q = 0; q < REGISTERS; q += 2) F::order(V + q * LANES, d, v[q], v[q + 1]);
+        UNROLL for (int q = 0; q < REGISTERS; q++) store(strip + q * NUMBERS, v[q]);
+      } else {
+        UNROLL for (int q = 0; q < REGISTERS; q++) v[q] = load(strip + q * NUMBERS);
       }
       UNROLL for (int i = 0; i < ROWS; i++) {
         const Register w = broadcast(W[i]);
@@ -253,7 +254,6 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
   {
     order_rows<F>(W, m, h, blocks, ordered.get(), offsets.get());
     auto strip = allocate<number>(CHUNK * STRIP), end = allocate<number>(CHUNK * STRIP);
-    constexpr int REGISTERS = 2 * COMBINE_PAIRS;
     auto sums = allocate<typename F::sums>(m * REGISTERS * NEIGHBOURS);
 #pragma omp for schedule(static)
     for (long part = 0; part < parts; part++) {

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from paperlib.module_features import REFUSALS
+from paperlib.module_features import refusals_in_words
 
 # Spread of log(norm) of random candidates; norms far outside of it can be reached as well.
 LOG_NORM_SPREAD = 0.3
@@ -68,14 +68,8 @@ def check_last_layer(module: nn.Module, name: str, inputs: Tensor) -> nn.Linear:
         if next(part.parameters(recurse=False), None) is not None
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), refusals_in_words("the module", inputs.shape[1:]):
             module(inputs)
-    except REFUSALS as error:
-        shape = ", ".join(map(str, inputs.shape[1:]))
-        raise ValueError(
-            f"the module does not take real inputs of shape ({shape}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -178,7 +172,7 @@ class InputsOfAnyNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and norm of the inputs."""
-        norm = "sqrt(d) exp(0.3 s)" if self.radius is None else self.radius
+        norm = f"sqrt(d) exp({LOG_NORM_SPREAD} s)" if self.radius is None else self.radius
         return f"input_shape={self.input_shape}, norm={norm}"
 
 

@@ -17,6 +17,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -38,9 +39,6 @@ LARGEST_CHUNK = 256
 
 # Columns of the Jacobians that are computed in one batch.
 DENSE_BATCH = 64
-
-# What a module raises that does not take an input.
-REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, AssertionError, NotImplementedError)
 
 # Two evaluations of one row may differ by rounding (float32 sums in another order), not by more.
 SAME_ROW = 1e-3
@@ -211,15 +209,8 @@ class ModuleFeatures(FeatureMap):
         return out[0].numel()
 
     def _raw(self, X: Tensor) -> Tensor:
-        try:
-            with differentiable_attention():
-                out = self.module(X.reshape(-1, *self.input_shape))
-        except REFUSALS as error:
-            shape = ", ".join(map(str, self.input_shape))
-            raise ValueError(
-                f"{self.name} does not take real inputs of shape ({shape}): "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        with refusals_in_words(self.name, self.input_shape), differentiable_attention():
+            out = self.module(X.reshape(-1, *self.input_shape))
         if not isinstance(out, Tensor):
             raise TypeError(f"{self.name} must return a tensor, got {type(out).__name__}")
         return out
@@ -241,6 +232,22 @@ class ModuleFeatures(FeatureMap):
         x = torch.zeros(1, self.d, device=self.device, dtype=self.dtype, requires_grad=True)
         inner, out = saved_bytes(lambda: self.forward(x), self.module.state_dict().values())
         return inner + out.numel() * out.element_size()
+
+
+@contextmanager
+def refusals_in_words(name: str, shape: Sequence[int]) -> Iterator[None]:
+    """What a module raises that does not take an input, as an error that says so.
+
+    Raises:
+        ValueError: for it.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} does not take real inputs of shape ({', '.join(map(str, shape))}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class Tangents:

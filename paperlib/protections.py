@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from paperlib.audit import Audit
-from paperlib.audit_report import SAME
 from paperlib.checks import check_positive
 from paperlib.confirmed_attack import close_rows
 from paperlib.quantise import BITS, quantise
@@ -76,7 +75,7 @@ def protections(
         record = audit.record
         if name != "none":
             record = reconstruct(audit.features, left, audit.n, **options)
-        found = close_rows(truth, to_inputs(record.samples).flatten(1), tolerance=SAME)
+        found = close_rows(truth, to_inputs(record.samples).flatten(1))
         rows.append(
             {
                 "protection": name,

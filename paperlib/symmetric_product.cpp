@@ -107,7 +107,7 @@ void add(const Number *A, const Number *B, float *out, long h, long d, int threa
             settle();
             for (long k = 0; k < steps; k++) {
               add_step<2, 2, COUNT>(tiles(mine.get(), pair - task.begin, k),
-                                           tiles(ordered.get(), with, k), [](int) {});
+                                    tiles(ordered.get(), with, k), [](int) {});
             }
             Sums<Bfloat16, 2, 2>::write(found.get(), 2 * TILE);
             add_tiles<4>(found.get(), sums);
