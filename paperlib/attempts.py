@@ -18,6 +18,7 @@ from torch import Tensor
 from paperlib.elimination import eliminate, removal_costs
 from paperlib.exchange import Exchanges
 from paperlib.law import numbers_per_unknown
+from paperlib.levenberg_marquardt import Damping
 from paperlib.message_passing import MessagePassing
 from paperlib.precision import FEW_SAMPLES, SETTLED
 from paperlib.projection import Linearization
@@ -341,6 +342,7 @@ class Attempts(Stages):
         impatient = searched and trial is None
         rule = IMPATIENT if impatient else {}
         if stage == "exchange":  # it had one candidate less, perhaps: another is tried
+            self.damping = Damping()
             X = trial["X"].to(self.theta)
             point = self._evaluate(X, lifted=False, exact=True, curvature=False)
         elif stage == "finish":

@@ -71,7 +71,8 @@ class Audit:
         d: numbers in one input.
         d_searched: d + 1 where the norms of the inputs are unknown and can be read, else d.
         readable: the law: the most samples that theta can determine, C' p / (d - 1 + C') with
-            the d that is searched. An attack of this kind needs three to five times fewer.
+            the d that is searched, and of the p features those that some sample moved. An attack of
+            this kind reads back three to five times fewer samples.
         n: number of samples attacked; None where nothing was.
         count: how n was estimated; None if it was given.
         moved: ||W(T) - W(0)|| / ||W(0)|| of the last layer.

@@ -97,9 +97,9 @@ def meaning(found: Audit) -> str:
         )
     if verdict.endswith("agreed on"):
         return (
-            f"two attacks from independent starts agree on {confirmed} of {found.n} samples: there "
-            "the parameters point to, which is near the data as far as the layers below did not "
-            "move"
+            f"two attacks from independent starts agree on {confirmed} of {found.n} samples: this "
+            "is where the parameters point; how near it is to the data depends on how little the "
+            "layers below moved"
         )
     if verdict == "not found":
         return (

@@ -130,9 +130,13 @@ def check_on_sphere(name: str, X: Tensor, *, tolerance: float = 1e-2) -> Tensor:
 
 
 def check_theta(theta: Tensor, model: FeatureMap) -> Tensor:
-    """Parameters as (C, p), finite, and not zero; (p,) is read as one output."""
+    """Parameters as (C, p), finite, and not zero; (p,) is read as one output.
+
+    They come back without the graph that `layer.weight - before` has, which nothing here needs.
+    """
     if not isinstance(theta, Tensor):
         raise TypeError(f"theta must be a torch tensor, got {type(theta).__name__}")
+    theta = theta.detach()
     if theta.ndim == 1:
         theta = theta[None]
     if theta.ndim != 2 or theta.shape[1] != model.p or len(theta) == 0:

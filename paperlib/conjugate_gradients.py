@@ -49,8 +49,8 @@ def conjugate_gradients(
     z = preconditioner(r)
     direction = z
     rz = start = float(r @ z)
-    if start <= 0:
-        return LinearSolution(x, 0, 0.0)
+    if not start > 0:  # b = 0 is solved; with a preconditioner that is not positive nothing is
+        return LinearSolution(x, 0, 0.0 if start == 0 else 1.0)
     iterations = 0
     while iterations < max_iterations and rz > tolerance**2 * start:
         Ad = operator(direction)

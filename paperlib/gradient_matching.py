@@ -26,6 +26,7 @@ from paperlib.law import parameters_told
 from paperlib.progress import Progress
 from paperlib.record import Reconstruction, conclude
 from paperlib.sphere import to_sphere
+from paperlib.stages import stage_record
 
 OPTIMIZERS = ("adam", "sgd")
 
@@ -96,13 +97,18 @@ class Settings:
 
 @dataclass
 class Matched:
-    """Where a descent ended: samples (m, d), coefficients (m, C), S, history, seconds."""
+    """Where a descent ended: samples (m, d), coefficients (m, C), S, history, seconds, steps, why.
+
+    It ends at the "step limit", or where it "diverged" to what is not finite: at what came before.
+    """
 
     X: Tensor
     A: Tensor
     loss: float
     history: list[dict[str, Any]]
     seconds: float
+    steps: int
+    ended: str
 
 
 def matching_loss(features: GradientFeatures, theta: Tensor, X: Tensor, A: Tensor) -> Tensor:
@@ -154,7 +160,8 @@ def match_gradients(
     else:
         optimizer = torch.optim.SGD(groups, momentum=0.9)
     stride = max(1, settings.steps // MOST_RECORDS)
-    history, best = [], (X.detach().clone(), free.detach().clone())
+    history, ended = [], "step limit"
+    last_finite = X.detach().clone(), free.detach().clone()
     for step in range(1, settings.steps + 1):
         for relu in relus:
             relu.sharpness = sharpness_at(settings.sharpness, (step - 1) / settings.steps)
@@ -170,10 +177,11 @@ def match_gradients(
         with torch.no_grad():
             X.copy_(to_sphere(X))
         value = float(match.detach())
-        if not math.isfinite(value) or not bool(torch.isfinite(X).all()):
-            X, free = best
+        if not math.isfinite(value) or not all(bool(t.isfinite().all()) for t in (X, free)):
+            X, free = last_finite
+            ended = "diverged"
             break
-        best = (X.detach().clone(), free.detach().clone())
+        last_finite = X.detach().clone(), free.detach().clone()
         if step % stride == 0 or step == settings.steps:
             seconds = time.perf_counter() - begun
             sharpness = relus[0].sharpness if relus else math.inf
@@ -183,7 +191,7 @@ def match_gradients(
         watch.step(value, X.detach())
     X, A = X.detach(), coefficients(free.detach())
     loss = float(matching_loss(features, theta, X, A).detach())
-    return Matched(X, A, loss, history, time.perf_counter() - begun)
+    return Matched(X, A, loss, history, time.perf_counter() - begun, step, ended)
 
 
 def sharpness_at(pair: tuple[float, float], share: float) -> float:
@@ -218,8 +226,9 @@ def check_problem(features: GradientFeatures, theta: Tensor, **settings) -> tupl
 
 def record_of(features, theta, n, found, options, settings, seconds) -> MatchedGradients:
     """The record of the best start by loss."""
-    k = min(range(len(found)), key=lambda i: found[i].loss)
-    best, steps = found[k], settings.steps
+    losses = [math.inf if math.isnan(run.loss) else run.loss for run in found]
+    k = losses.index(min(losses))
+    best = found[k]
     C = features.outputs
     identifiable = parameters_told(theta) > n * (features.d - 1 + C)
     return MatchedGradients(
@@ -230,18 +239,19 @@ def record_of(features, theta, n, found, options, settings, seconds) -> MatchedG
         identifiable=identifiable,
         history=[{"restart": i, **r} for i, run in enumerate(found) for r in run.history],
         stages=[
-            {
-                "restart": i,
-                "stage": "descent",
-                "dtype": str(features.dtype).removeprefix("torch."),
-                "loss": run.loss,
-                "candidates": len(run.X),
-                "passes": PASSES_PER_STEP * steps,
-                "seconds": run.seconds,
-            }
+            stage_record(
+                "descent",
+                features.dtype,
+                run.ended,
+                run.loss,
+                len(run.X),
+                PASSES_PER_STEP * run.steps,
+                run.seconds,
+                i,
+            )
             for i, run in enumerate(found)
         ],
-        passes=PASSES_PER_STEP * steps * len(found),
+        passes=PASSES_PER_STEP * sum(run.steps for run in found),
         seconds=seconds,
         restart=k,
         options=options | vars(settings) | {"model": features.describe()},

@@ -64,12 +64,17 @@ def parameter_jacobian(
         bases: (n, d - 1, d) bases of the tangent spaces, `tangent_bases(X)` if not given.
 
     Raises:
-        ValueError: for wrong shapes, or rows off the sphere.
-        TypeError: for a model that does not compute in float64.
+        ValueError: for wrong shapes, d = 1 (where no direction stays on the sphere), or rows off
+            the sphere.
+        TypeError: for a model that does not compute in float64, or alpha that is no tensor.
     """
     check_double(model)
     check_on_sphere("X", check_finite("X", check_rows("X", X, model)))
     n, d = X.shape
+    if d < 2:
+        raise ValueError(f"samples must have d = 2 numbers at least, got {d}")
+    if not isinstance(alpha, Tensor):
+        raise TypeError(f"alpha must be a torch tensor, got {type(alpha).__name__}")
     if alpha.ndim != 2 or len(alpha) != n:
         raise ValueError(f"alpha must have shape ({n}, C), got {tuple(alpha.shape)}")
     bases = tangent_bases(X) if bases is None else bases
@@ -78,8 +83,9 @@ def parameter_jacobian(
     directions = alpha.T[:, :, None, None] * pushed  # (C, n, d - 1, p)
     directions = directions.reshape(C, n * (d - 1), p).transpose(1, 2).reshape(C * p, -1)
     values = torch.zeros(C, p, n, C, dtype=torch.float64, device=X.device)
+    features = model.features(X).T
     for c, block in enumerate(values):
-        block[:, :, c] = model.features(X).T
+        block[:, :, c] = features
     return torch.cat([directions, values.reshape(C * p, n * C)], dim=1)
 
 

@@ -150,6 +150,8 @@ def kkt_attack(
         "least_multiplier": least_multiplier,
         "multiplier_weight": multiplier_weight,
         "multiplier_unit": unit,
+        "labels": labels.tolist(),
+        "restarts": restarts,
         "seed": seed,
         "tolerance": tolerance,
     }

@@ -188,9 +188,10 @@ class MessagePassing:
         """Pairs (rows of V, range of features) small enough for the grid."""
         height = max(1, CHUNK // (self.n * NODES))
         for block in self.model.blocks(dtype=self.dtype):
+            V = block.weights  # a copy, where it is stored in fewer digits
             for start in range(block.start, block.stop, height):
                 stop = min(start + height, block.stop)
-                yield block.weights[start - block.start : stop - block.start], slice(start, stop)
+                yield V[start - block.start : stop - block.start], slice(start, stop)
 
     def _give_back(self) -> None:
         """Regress c (r, C) on what the means and the linear part leave."""

@@ -105,5 +105,12 @@ def ntk_attack(
             )
             if found[-1].loss <= tolerance:
                 break
-    options = {"attack": "ntk", "n": n, "candidates": m, "seed": seed, "tolerance": tolerance}
+    options = {
+        "attack": "ntk",
+        "n": n,
+        "candidates": m,
+        "restarts": restarts,
+        "seed": seed,
+        "tolerance": tolerance,
+    }
     return record_of(features, theta, n, found, options, settings, time.perf_counter() - begun)

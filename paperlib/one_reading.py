@@ -128,9 +128,10 @@ def second_moment(Q: Tensor | Int8Rows, V: Tensor | Int8Rows, Y: Tensor) -> Tens
     Args:
         Q: (q, d), in the format of V.
         V: (h, d), bfloat16 or in 8 bits. There, what goes back through it has 16.
-        Y: (h,) float32.
+        Y: (h,), of any dtype.
     """
-    sizes, found, Y = (len(Q), *V.shape), torch.zeros(len(Q), V.shape[1]), Y.contiguous()
+    sizes, found = (len(Q), *V.shape), torch.zeros(len(Q), V.shape[1])
+    Y = Y.float().contiguous()
     if isinstance(V, Int8Rows):
         arrays = Q.values.contiguous(), V.values, Y, V.scale
         call(SOURCE, "second_moment_int8", *arrays, *sizes, found)

@@ -35,7 +35,8 @@ class PrivateRidge:
     """A noisy ridge regression and what was paid for it.
 
     The guarantee covers this one release of theta, samples and labels alike, for data sets of the
-    same n that differ in one sample. It does not cover what was computed from the data before (a
+    same n that differ in one sample, as long as nobody can draw the noise again (so without a
+    seed). It does not cover what was computed from the data before (a
     mean or scale of the pixels), nor the choice of ridge and bound if those were tuned on the data.
 
     Attributes:
@@ -62,7 +63,7 @@ def private_ridge(
     bound: float,
     epsilon: float,
     delta: float = 1e-5,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> PrivateRidge:
     """Ridge regression on clipped features, plus Gaussian noise for (epsilon, delta)-privacy.
 
@@ -77,7 +78,8 @@ def private_ridge(
         bound: B > 0.
         epsilon: above 0.
         delta: between 0 and 1.
-        seed: of the noise.
+        seed: of noise for experiments, which can be drawn again: whoever knows or guesses the seed
+            takes the noise off. None draws noise that nobody can draw again.
 
     Raises:
         ValueError: for wrong shapes, labels longer than 1, or options without sense.
@@ -99,7 +101,12 @@ def private_ridge(
     clean = (torch.linalg.solve(system, targets).T @ features).to(model.dtype)
     sensitivity = ridge_sensitivity(n, ridge, bound)
     sigma = gaussian_sigma(sensitivity, epsilon, delta)
-    noise = torch.randn(clean.shape, generator=stream("noise", seed), dtype=torch.float64)
+    if seed is None:
+        generator = torch.Generator()
+        generator.seed()
+    else:
+        generator = stream("noise", check_count("seed", seed, least=0))
+    noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
     return PrivateRidge(
         theta=clean + (sigma * noise).to(clean),
         clean=clean,
@@ -167,9 +174,11 @@ def gaussian_epsilon(sensitivity: float, sigma: float, delta: float) -> float:
         ValueError: for a sensitivity or a sigma that is not above 0, or delta outside (0, 1).
     """
     check_positive("delta", delta, below=1.0)
-    low, high = 1e-6, 1.0
-    if gaussian_delta(sensitivity, sigma, low) <= delta:
+    # The delta at epsilon = 0: 2 Phi(D / (2 s)) - 1.
+    ratio = check_positive("sensitivity", sensitivity) / check_positive("sigma", sigma)
+    if math.erf(ratio / math.sqrt(8)) <= delta:
         return 0.0
+    low, high = 0.0, 1e-6
     while gaussian_delta(sensitivity, sigma, high) > delta:
         low, high = high, 2 * high
     for _ in range(60):

@@ -33,6 +33,7 @@ from paperlib.projection import projection_loss
 from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.saved_attack import SavedAttack
 from paperlib.sphere import to_sphere
+from paperlib.stages import stage_record
 from paperlib.streams import stream
 
 # Records of a run of 1,000,000 steps are thinned to this many, evenly spaced, and the last.
@@ -166,19 +167,9 @@ def published_options(
         spent = 2 * (steps + 1) + 2
         passes += spent
         history += [{"restart": restart, "stage": "descent", **record} for record in records]
-        stages.append(
-            {
-                "restart": restart,
-                "stage": "descent",
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "ended": ended,
-                "loss": loss,
-                "candidates": n,
-                "passes": spent,
-                "seconds": time.perf_counter() - begun,
-            }
-        )
-        if best is None or loss < best["loss"]:
+        seconds = time.perf_counter() - begun
+        stages.append(stage_record("descent", model.dtype, ended, loss, n, spent, seconds, restart))
+        if best is None or math.isnan(best["loss"]) or loss < best["loss"]:
             best = {"samples": X, "loss": loss, "restart": restart}
         if loss <= tolerance:
             break
@@ -264,6 +255,7 @@ def momentum_descent(
             "damping": math.nan,
             "inner": 0,
             "accepted": True,
+            "passes": 2 * (step + 1),
             "seconds": time.perf_counter() - begun,
         }
         if step % stride == 0:

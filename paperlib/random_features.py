@@ -18,6 +18,7 @@ from paperlib.int8 import Int8Rows
 from paperlib.memory import SHARE, bytes_of, free_bytes
 from paperlib.random_feature_block import RandomFeatureBlock
 from paperlib.reused_memory import ReusedMemory
+from paperlib.streams import stream_seed
 
 PLACEMENTS = ("auto", "resident", "streamed")
 
@@ -64,13 +65,14 @@ class RandomFeatures(FeatureMap):
                 process holds its own blocks, and sums over features are all-reduced.
 
         Raises:
-            ValueError: for d, p or block_rows that are not positive, an unknown activation or
-                placement, a device that is not there.
-            TypeError: for a dtype that is not a real floating type.
+            ValueError: for d, p or block_rows that are not positive, a seed below 0 or of 2^63 or
+                more, an unknown activation or placement, a device that is not there.
+            TypeError: for a number that is not whole, or a dtype that is not a real floating type.
         """
         self.d = check_count("d", d)
         self.p = check_count("p", p)
         self.seed = check_count("seed", seed, least=0)
+        stream_seed("V", self.seed)  # raises for one that is too large
         self.device = check_device(device)
         self.dtype = check_dtype(dtype)
         self.activation = _activation(activation)
@@ -79,7 +81,7 @@ class RandomFeatures(FeatureMap):
         if block_rows is None:
             processes = 1 if group is None else group.size()
             block_rows = default_block_rows(self.device, self.p, self.d, processes=processes)
-        if block_rows < ROWS_PER_DRAW or block_rows % ROWS_PER_DRAW:
+        if check_count("block_rows", block_rows, least=0) % ROWS_PER_DRAW or block_rows == 0:
             raise ValueError(
                 f"block_rows must be a positive multiple of {ROWS_PER_DRAW}, got {block_rows}"
             )

@@ -69,6 +69,7 @@ def reconstruct(
         TypeError: for theta that is no tensor or of another dtype than the model, n or a seed that
             is no whole number, or an option that the solver does not know.
         OSError: if the folder of `resume` cannot be written.
+        MemoryError: if the attack would not fit into the free memory.
     """
     theta = check_theta(theta, model)
     n = check_count("n", n)
@@ -96,7 +97,7 @@ def reconstruct(
         **options,
         "model": model.describe(),
     }
-    saved = open_attack(resume, theta, group=model.group, **chosen)
+    saved = open_attack(resume, theta, model, **chosen)
     found = saved.result
     # A solver that keeps no state between its steps has only its result kept.
     kept = {"saved": saved} if "saved" in known else {}
@@ -179,6 +180,11 @@ def second_order_options(
         keep: what stays of the activations between passes: "features and slopes", the "inputs"
             that both follow from, "nothing" (half as long again), or "auto", by what fits.
         forcing: relative residual of the inner linear solves.
+
+    Raises:
+        ValueError: for an option out of its range, or a start or a lift that the model cannot have.
+        TypeError: for an option of another type.
+        MemoryError: if the attack would not fit into the free memory.
     """
     if restarts is not None:
         check_count("restarts", restarts)

@@ -67,13 +67,14 @@ class Reconstruction:
 
 def conclude(loss: float, tolerance: float, *, identifiable: bool, agreed: bool = False) -> str:
     """The status in words: never a success that the loss cannot show."""
-    if loss > tolerance and agreed:
+    missed = not loss <= tolerance  # a loss that is no number explains nothing
+    if missed and agreed:
         return (
             f"not explained to the tolerance {tolerance:.0e}: stopped at loss {loss:.1e}, where "
             "independent restarts found the same samples; they are likely to be training data, "
             "and what is left is not theirs to explain"
         )
-    if loss > tolerance:
+    if missed:
         return (
             f"not explained: stopped at loss {loss:.1e}, above the tolerance {tolerance:.0e}; "
             "some of the samples may still be right"

@@ -1,6 +1,7 @@
 """Files that are replaced whole: whoever reads one sees the old or the new."""
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,18 +13,18 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         OSError: if the disk is full or cannot be written; the old file stays.
     """
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}-", delete=False
-    ) as file:
-        try:
+    fresh = path.parent / f".{path.name}-{secrets.token_hex(8)}"
+    # To be read by whom the user's umask lets, as any new file but those of `tempfile`.
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(fresh, path)
+    except BaseException:
+        os.unlink(fresh)
+        raise
 
 
 def replace_files(

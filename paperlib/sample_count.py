@@ -127,7 +127,7 @@ def estimate_sample_count(
         resume=resume,
     )
     problem = record.options | {"task": "sample count", "refine_steps": refine_steps}
-    saved = open_attack(resume, theta, group=model.group, **problem)
+    saved = open_attack(resume, theta, model, **problem)
     room = room_for_lift(model.p, model.d, most)
     lift = Lift(model, theta, dtype=model.dtype) if model.linear_coefficient and room else None
     own = Formats(model.dtype, model.dtype)
@@ -229,8 +229,10 @@ def remove_one_by_one(
     if saved.state is not None:
         kept = saved.state["kept"]
         generator.set_state(saved.state["generator"])
-        last = kept[-1]["X"].to(theta)
-        point = Linearization(model, theta if lift is None else lift.theta, last, lift=lift)
+        if len(kept) < len(X):
+            last = kept[-1]["X"].to(theta)
+            target = theta if lift is None else lift.theta
+            point = Linearization(model, target, last, lift=lift, keep=keep)
     for k in range(len(X) - len(kept), 0, -1):
         if point is not None:
             X = point.X[eliminate(point, k).kept]

@@ -1,8 +1,9 @@
 """Attacks that go on where they were stopped: the state of each, kept in a folder while it runs.
 
-The file of an attack is named by a checksum of all that defines it, so that many attacks share a
-folder and none goes on from another's state. It is replaced in one step: a process that dies while
-it writes leaves the state of before. When the attack has ended, its file holds the result.
+The file of an attack is named by a checksum of all that defines it, with what the feature map does
+at a few points, so that many attacks share a folder and none goes on from another's state. It is
+replaced in one step: a process that dies while it writes leaves the state of before. When the
+attack has ended, its file holds the result.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -22,8 +24,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from paperlib.block_height import LEAST_TILE_ROWS
+from paperlib.feature_map import FeatureMap
 from paperlib.replace_file import replace_file
 from paperlib.results import machine
+from paperlib.sphere import to_sphere
+from paperlib.streams import stream
 
 # Seconds between two writings: what is lost at most, besides the step under way.
 INTERVAL = 30.0
@@ -31,7 +37,10 @@ INTERVAL = 30.0
 FORMAT = 1
 
 # What reading a file raises that is not, or not wholly, what was written.
-DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+DAMAGED = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, pickle.UnpicklingError, struct.error),
+)
 
 
 def fingerprint(theta: Tensor, **problem: Any) -> str:
@@ -41,12 +50,29 @@ def fingerprint(theta: Tensor, **problem: Any) -> str:
     return digest.hexdigest()[:24]
 
 
+def behaviour(model: FeatureMap) -> list[str]:
+    """What the first features are at three fixed points, and how they change, to three digits.
+
+    Two modules with the same layers and weights may still differ in what they do with them, and two
+    activations in more than their name. More digits would differ between numbers of threads.
+    """
+    generator = stream("behaviour", 0)
+    X, directions = torch.randn(2, 3, model.d, generator=generator, dtype=torch.float64)
+    X = to_sphere(X).to(model.device, model.dtype)
+    model.reserve(())  # nothing is kept for this
+    try:
+        block = next(iter(model.blocks()))
+        features, state = block.linearize(X)
+        given = features.detach(), block.jvp(state, directions.to(X)).detach()
+    finally:
+        model.reserve(None)
+    # Blocks may be higher elsewhere, but hold as many at least.
+    rows = (row[:LEAST_TILE_ROWS].double() for part in given for row in part)
+    return [f"{float(row.norm()):.2e}" for row in rows]
+
+
 def open_attack(
-    folder: str | os.PathLike | None,
-    theta: Tensor,
-    *,
-    group: ProcessGroup | None,
-    **problem: Any,
+    folder: str | os.PathLike | None, theta: Tensor, model: FeatureMap, /, **problem: Any
 ) -> SavedAttack:
     """The attack on theta (C, p) that all of `problem` defines, of this version of the package.
 
@@ -56,8 +82,8 @@ def open_attack(
     if folder is None:
         return SavedAttack()
     version = machine()["libraries"].get("paperlib")
-    name = fingerprint(theta, **problem, version=version)
-    return SavedAttack(folder, name, group=group, device=theta.device)
+    name = fingerprint(theta, **problem, behaviour=behaviour(model), version=version)
+    return SavedAttack(folder, name, group=model.group, device=theta.device)
 
 
 class SavedAttack:
@@ -95,15 +121,21 @@ class SavedAttack:
         self.path = Path(folder) / f"{name}.attack" if writes else None
         self._begun = self._written = time.perf_counter()
         found: dict[str, Any] | None = None
+        refused: OSError | None = None
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            found = self._read()
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                found = self._read()
+            except OSError as error:
+                refused = error
         if group is not None:
-            everyone = [found]
+            everyone = [found, refused]
             torch.distributed.broadcast_object_list(
                 everyone, group=group, group_src=0, device=device
             )
-            found = everyone[0]
+            found, refused = everyone
+        if refused is not None:  # in all processes, lest the others wait for this one
+            raise refused
         found = found or {}
         self._seconds_before = found.get("seconds", 0.0)
         self.state: dict[str, Any] | None = found.get("state")
@@ -154,8 +186,8 @@ class SavedAttack:
     def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        content = io.BytesIO(self.path.read_bytes())
         try:
+            content = io.BytesIO(self.path.read_bytes())
             found = torch.load(content, map_location="cpu", weights_only=True)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']}, expected {FORMAT}")

@@ -141,11 +141,11 @@ class SecondOrderSolver(Attempts):
         )
         # Searches come first, twice if need be.
         others = 2 if self.searches else 1
-        sent = self.always_messages or (self.messages and restarts > others)
+        messages = self.always_messages or (self.messages and restarts > others)
         self.wanted_keep = keep
         size = n, len(theta), model.p, model.d
         self.start_bytes = max(
-            message_bytes(*size) if sent else 0,
+            message_bytes(*size) if messages else 0,
             search_bytes(model, n, candidates, len(theta)) if self.searches else 0,
             exchange_bytes(*size) if self.exchanges else 0,
         )
@@ -155,7 +155,11 @@ class SecondOrderSolver(Attempts):
         self.sharpened = went_on and self._settle_for_single()
         if not self.sharpened:
             self.keep = self._allot(formats)
-        self.lift = self._make_lift() if lifted else None
+        try:
+            self.lift = self._make_lift() if lifted else None
+        except BaseException:
+            self.model.reserve(None)  # there will be no `solve` to end the plan
+            raise
         self.best: Attempt | None = None
         self.independent: list[Tensor] = []  # samples of the starts that began anew
         self.stuck = False
@@ -263,10 +267,10 @@ class SecondOrderSolver(Attempts):
             searched = self.always_searches or (self.searches and (restart == 0 or again))
             # Then every second start is by messages; where little is missing, more candidates
             # beside the best come before them.
-            made = self._starts_by(SEARCH, restart)
-            turn = (restart - made) % 2 == (0 if made else 1)
-            sent = self.messages and turn and (self.stuck or not promising)
-            messages = self.always_messages or (sent and not searched)
+            searches = self._starts_by(SEARCH, restart)
+            turn = (restart - searches) % 2 == (0 if searches else 1)
+            by_turn = self.messages and turn and (self.stuck or not promising)
+            messages = self.always_messages or (by_turn and not searched)
             if searched or (messages and not promising):
                 kept = None
             if restart == begun["restart"] and "X" in begun:
@@ -278,7 +282,7 @@ class SecondOrderSolver(Attempts):
             else:
                 attempt = self._attempt(self._start(kept), restart)
             self.stuck = best is not None and attempt.loss > 0.5 * best.loss
-            if best is None or attempt.loss < best.loss:
+            if best is None or math.isnan(best.loss) or attempt.loss < best.loss:
                 self.best = best = attempt
             if best.loss <= self.tolerance:
                 break

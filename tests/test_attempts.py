@@ -1,5 +1,6 @@
 """Taking superfluous candidates out where several share a sample; and when restarts agree."""
 
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,9 @@ from stage_by_stage import second_order_solver, with_outcomes
 from paperlib import RandomFeatures, sphere
 from paperlib.attempts import Attempt
 from paperlib.elimination import eliminate
+from paperlib.levenberg_marquardt import Damping
 from paperlib.message_passing import Beliefs
+from paperlib.record import conclude
 from paperlib.sphere import to_sphere
 
 N, D = 4, 20
@@ -193,5 +196,34 @@ def test_an_attack_cut_off_in_an_exchange_remembers_how_many_gained_nothing(monk
     monkeypatch.setattr(solver, "_exchanged", exchanged)
     monkeypatch.setattr(solver, "_reseed", lambda point, *_: point)
     solver.exchanges = True
+    solver.damping = Damping(start=500.0)  # of the descent that was cut off, which is not taken up
     solver._go_on(state, searched=False)
-    assert seen == {"since": 17}
+    assert seen == {"since": 17} and solver.damping == Damping()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_lift_that_is_cut_off_leaves_no_plan_on_the_model(monkeypatch, error):
+    def cut_off(*problem, **options):
+        assert not model.keeps(torch.float64)
+        raise error
+
+    X = sphere(N, D, 0).X
+    model = RandomFeatures(D, 20 * D * N, "relu", seed=0)
+    theta = torch.ones(1, N) @ model.features(X)
+    monkeypatch.setattr("paperlib.second_order.Lift", cut_off)
+    with pytest.raises(error):
+        second_order_solver(model, theta, N, lift=True)
+    assert model.keeps(torch.float64)
+
+
+@pytest.mark.parametrize("losses", [(math.nan, 0.3), (0.3, math.nan)])
+def test_a_loss_that_is_no_number_is_never_the_best(monkeypatch, losses):
+    solver, X = attempts(tiny=1.0, seed=0)
+    solver.restarts, solver.searches, solver.messages = 2, False, False
+    outcomes = iter(losses)
+    attempt = lambda *_: Attempt(X, next(outcomes), 0, [])  # noqa: E731
+    monkeypatch.setattr(solver, "_attempt", attempt)
+    assert solver.solve().loss == 0.3
+    for agreed in (True, False):
+        said = conclude(math.nan, 1e-6, identifiable=True, agreed=agreed)
+        assert said.startswith("not explained")

@@ -54,7 +54,9 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
         ({"block_rows": 1000}, ValueError, "positive multiple of 1024, got 1000"),
         ({"block_rows": 0}, ValueError, "positive multiple of 1024, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"block_rows": 2048.0}, TypeError, "block_rows must be a whole number, got 2048.0"),
         ({"seed": 1.5}, TypeError, "seed must be a whole number, got 1.5"),
+        ({"seed": 2**63}, ValueError, r"seed must be at least 0 and below 2\^63, got 9223"),
     ],
 )
 def test_random_features(arguments, error, message):
@@ -258,6 +260,16 @@ def test_parameters(work, spoil, error, message):
     for solver in ("levenberg-marquardt", "published"):
         with pytest.raises(error, match=message):
             reconstruct(model, spoil(theta), N, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["levenberg-marquardt", "published"])
+def test_parameters_come_with_their_graph(work, solver):
+    """As `layer.weight - before` does, which is what users subtract."""
+    model, _, _, theta = work
+    options = {"solver": solver, "max_steps": 2, "restarts": 1}
+    found = reconstruct(model, theta.clone().requires_grad_(), N, **options)
+    assert not found.samples.requires_grad
+    assert torch.equal(found.samples, reconstruct(model, theta, N, **options).samples)
 
 
 # The attack

@@ -1,5 +1,7 @@
 """Conjugate gradients against dense solves, on matrices of any size and spread."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
@@ -61,3 +63,6 @@ def test_no_right_side_takes_no_product_and_negative_curvature_ends_it():
     assert nothing.iterations == 0 and not nothing.x.any()
     ended = conjugate_gradients(lambda v: -v, b, same, tolerance=0.1, max_iterations=9)
     assert ended.iterations == 1 and not ended.x.any() and ended.relative_residual == 1
+    for preconditioner in (lambda v: -v, lambda v: math.nan * v):
+        unsolved = conjugate_gradients(never, b, preconditioner, tolerance=0.1, max_iterations=9)
+        assert not unsolved.x.any() and unsolved.relative_residual == 1

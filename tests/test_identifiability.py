@@ -167,6 +167,11 @@ def test_what_cannot_be_walked_is_refused():
         parameter_jacobian(model, X, alpha[:2])
     with pytest.raises(ValueError, match="sphere"):
         parameter_jacobian(model, 2 * X, alpha)
+    with pytest.raises(TypeError, match="alpha must be a torch tensor, got list"):
+        parameter_jacobian(model, X, alpha.tolist())
+    line = RandomFeatures(1, 20, dtype=torch.float64)
+    with pytest.raises(ValueError, match="d = 2 numbers at least, got 1"):
+        parameter_jacobian(line, torch.ones(2, 1).double(), torch.ones(2, 1).double())
     single = RandomFeatures(8, 20)
     with pytest.raises(TypeError, match="float64"):
         parameter_jacobian(single, X.float(), alpha.float())

@@ -237,11 +237,12 @@ def test_an_evaluation_of_the_loss_is_made_by_it(keep, dtype, monkeypatch):
         close(getattr(found, part), getattr(others, part).double(), 3e-2 if few else 1e-4)
 
 
+@pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_directions_are_looked_for_by_it(dtype, monkeypatch):
-    model = paperlib.RandomFeatures(512, 9000, seed=1)
-    moment = SecondMoment(model, randn(1, 9000), dtype=dtype)
-    Q, rows = randn(6, 512, seed=3), []
+def test_directions_are_looked_for_by_it(dtype, own, monkeypatch):
+    model = paperlib.RandomFeatures(512, 9000, seed=1, dtype=own)
+    moment = SecondMoment(model, randn(1, 9000).to(own), dtype=dtype)
+    Q, rows = randn(6, 512, seed=3).to(own), []
     kernel = one_reading.second_moment
     monkeypatch.setattr(
         one_reading, "second_moment", lambda Q, V, Y: rows.append(len(V)) or kernel(Q, V, Y)
@@ -250,7 +251,7 @@ def test_directions_are_looked_for_by_it(dtype, monkeypatch):
     assert rows == [8192, 808]
     monkeypatch.setattr(one_reading, "takes_pass", lambda *arrays: False)
     close(found, moment(Q).double(), 2e-3 if dtype == torch.int8 else 1e-2)
-    two = SecondMoment(model, randn(2, 9000), dtype=dtype)
+    two = SecondMoment(model, randn(2, 9000).to(own), dtype=dtype)
     two(Q)
     assert len(rows) == 2
 

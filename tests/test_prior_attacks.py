@@ -1,5 +1,7 @@
 """The attacks on all layers: their losses against dense sums, what they find, what they refuse."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -27,7 +29,14 @@ from paperlib.experiments.prior_attacks import (
     run_prior_attack_cell,
 )
 from paperlib.first_layer_attack import FirstLayer, Found
-from paperlib.gradient_matching import matching_loss, outside, sharpness_at
+from paperlib.gradient_matching import (
+    Matched,
+    Settings,
+    matching_loss,
+    outside,
+    record_of,
+    sharpness_at,
+)
 from paperlib.identifiability import parameter_jacobian
 from paperlib.kkt_attack import allowed, candidate_labels, signed_coefficients
 
@@ -61,6 +70,26 @@ def test_box_penalty_and_annealing():
     assert sharpness_at((1.0, 100.0), 0.0) == 1.0
     assert sharpness_at((1.0, 100.0), 0.45) == pytest.approx(10.0)
     assert sharpness_at((1.0, 100.0), 1.0) == 100.0
+
+
+def test_a_descent_that_diverges_ends_before_and_says_so():
+    _, features, _, theta = problem()
+    options = {"steps": 50, "multiplier_unit": 1e3, "restarts": 2, "progress": False}
+    record = kkt_attack(features, theta, N, multiplier_rate=1e308, optimizer="sgd", **options)
+    assert {stage["ended"] for stage in record.stages} == {"diverged"}
+    assert record.passes == sum(stage["passes"] for stage in record.stages) < 2 * 2 * 50
+    assert record.samples.isfinite().all() and record.coefficients.isfinite().all()
+    assert record.status.startswith("not explained") and not record.explained
+    assert record.options["restarts"] == 2 and record.options["labels"] == [1, -1, 1, -1, 1, -1]
+
+
+def test_a_start_whose_loss_is_no_number_is_never_the_best():
+    _, features, X, theta = problem()
+    A = torch.ones(N, 1, dtype=torch.float64)
+    found = [Matched(X, A, loss, [], 0.0, 1, "step limit") for loss in (math.nan, 0.5)]
+    settings = Settings(1, 0.1, 0.1, "adam", None, None, 1.0)
+    record = record_of(features, theta, N, found, {"tolerance": 1e-6}, settings, 0.0)
+    assert record.loss == 0.5 and record.restart == 1
 
 
 # Tangent

@@ -71,6 +71,12 @@ def test_sigma_is_the_least_and_epsilon_its_inverse(epsilon):
         assert sigma < 2.0 * math.sqrt(2 * math.log(1.25e5)) / epsilon
 
 
+def test_no_epsilon_is_claimed_that_delta_does_not_cover():
+    delta = 2 * norm.cdf(1 / 2000) - 1  # at epsilon 0, of sensitivity 1 and sigma 1000
+    assert gaussian_epsilon(1.0, 1000.0, delta * (1 + 1e-9)) == 0
+    assert 0 < gaussian_epsilon(1.0, 1000.0, delta * (1 - 1e-4)) < 1e-6
+
+
 def test_a_release_is_ridge_regression_plus_that_noise():
     data = sphere(6, 8, seed=1, dtype=torch.float64)
     model = RandomFeatures(8, 3000, "relu+tanh", seed=1, dtype=torch.float64)
@@ -86,8 +92,13 @@ def test_a_release_is_ridge_regression_plus_that_noise():
     assert fit.sensitivity == ridge_sensitivity(6, 500.0, bound)
     assert fit.sigma == gaussian_sigma(fit.sensitivity, 3.0, 1e-5)
     assert float((fit.theta - fit.clean).std()) == pytest.approx(fit.sigma, rel=0.03)
-    again = private_ridge(model, data.X, Y, ridge=500.0, bound=bound, epsilon=3.0, seed=1)
-    assert torch.equal(again.clean, fit.clean) and not torch.equal(again.theta, fit.theta)
+    options = {"ridge": 500.0, "bound": bound, "epsilon": 3.0}
+    again = private_ridge(model, data.X, Y, **options)
+    assert torch.equal(again.clean, fit.clean)
+    # Nobody draws that noise again, unless an experiment has a seed.
+    assert not torch.equal(again.theta, fit.theta)
+    first, second, other = (private_ridge(model, data.X, Y, **options, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.theta, second.theta) and not torch.equal(first.theta, other.theta)
 
 
 def test_bad_input_is_refused():

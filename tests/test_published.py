@@ -206,6 +206,8 @@ def test_passes_and_stages_are_counted():
     assert seen[0][0] == "descent" and seen[-1][0] == "restart 3, descent"
     assert [record["loss"] for record in found.history] == [loss for _, loss, _ in seen]
     assert found.elimination_losses == []
+    assert [record["passes"] for record in found.history[:3]] == [4, 6, 8]
+    assert {stage["products"] for stage in found.stages} == {"float32"}
 
 
 def test_a_streamed_v_is_never_held_as_a_whole(monkeypatch):

@@ -256,3 +256,13 @@ def test_replace_file_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_replace_file_lets_those_read_whom_the_user_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        replace_file(tmp_path / "record.json", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "record.json").stat().st_mode & 0o777 == mode

@@ -122,7 +122,21 @@ def test_an_estimate_that_is_stopped_goes_on(trained, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
         assert numbers == [3]  # those with 6, 5 and 4 candidates were done
-    on = estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+    kept, linearize = [], sample_count.Linearization
+
+    def watched(*arguments, lift, keep="features and slopes", **options):
+        if lift is not None:  # as while candidates are removed
+            kept.append(keep)
+        return linearize(*arguments, lift=lift, keep=keep, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_count, "Linearization", watched)
+        patch.setattr(sample_count, "choose_kept", lambda *problem, **_: "nothing")
+        on = estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+        assert set(kept) == {"nothing"}
+        kept.clear()
+        estimate_sample_count(model, theta, most=6, resume=tmp_path, progress=False)
+        assert not kept  # nothing is left to remove
     assert on.n == whole.n and on.ended == whole.ended
     assert on.losses == pytest.approx(whole.losses, rel=1e-3, abs=1e-10)
     assert compare(data.X, on.samples).recovered() == 4

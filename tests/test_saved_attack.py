@@ -1,5 +1,6 @@
 """Attacks that are stopped at any step and go on."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import paperlib
 from paperlib import memory, saved_attack
+from paperlib.activations import activation
 from paperlib.lift import Lift
 
 PUBLISHED = {"solver": "published", "learning_rate": 10.0, "max_steps": 1500, "restarts": 2}
@@ -220,11 +223,60 @@ def test_other_attacks_have_files_of_their_own(tmp_path):
         assert len(list(tmp_path.glob("*.attack"))) == k
 
 
+def test_what_a_module_does_tells_attacks_apart(tmp_path):
+    """The same layers, weights and parameters, and another function of them."""
+
+    class Body(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.layer = nn.Linear(20, 600)
+            self.function = function
+
+        def forward(self, x):
+            return self.function(self.layer(x))
+
+    data = paperlib.sphere(3, 20, 0)
+    right, wrong = Body(nn.functional.gelu), Body(nn.functional.relu)
+    wrong.load_state_dict(right.state_dict())
+    maps = [paperlib.ModuleFeatures(body, 20) for body in (right, wrong)]
+    assert maps[0].describe() == maps[1].describe()
+    theta = paperlib.fit_min_norm(maps[0], data.X, data.y)
+    for k, features in enumerate((*maps, *maps), 1):
+        options = {"max_steps": 3, "restarts": 1, "resume": tmp_path}
+        paperlib.reconstruct(features, theta, 3, **options)
+        assert len(list(tmp_path.iterdir())) == min(k, 2)
+
+
+def test_what_an_activation_does_tells_attacks_apart(tmp_path):
+    data, _, _ = problem(5.0)
+    relu = activation("relu")
+    value = lambda u: torch.where(u > 0, u, 0.2 * u)  # noqa: E731
+    leaky = dataclasses.replace(relu, value=value, two_slopes=None)
+    for k, function in enumerate((relu, leaky), 1):
+        model = paperlib.RandomFeatures(30, 750, function, seed=0)
+        theta = torch.ones(1, 750)
+        options = {"max_steps": 1, "restarts": 1, "start": "random", "resume": tmp_path}
+        paperlib.reconstruct(model, theta, data.n, **options)
+        assert len(list(tmp_path.iterdir())) == k
+
+
+def test_telling_them_apart_keeps_nothing_in_memory():
+    model = paperlib.RandomFeatures(30, 3000, "relu", seed=0)
+    told = saved_attack.behaviour(model)
+    assert not model.holds(torch.float32) and model.keeps(torch.float32)
+    model.features(paperlib.sphere(1, 30, 0).X)
+    assert model.holds(torch.float32) and saved_attack.behaviour(model) == told
+    higher = paperlib.RandomFeatures(30, 3000, "relu", seed=0, block_rows=2048)
+    assert saved_attack.behaviour(higher) == told
+    other = paperlib.RandomFeatures(30, 3000, "relu", seed=1)
+    assert saved_attack.behaviour(other) != told
+
+
 def test_a_damaged_file_is_told_of_and_replaced(tmp_path):
     data, model, theta = problem(5.0)
     paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
     (file,) = tmp_path.iterdir()
-    for content in (b"", file.read_bytes()[:-100], b"{}"):
+    for content in (b"", file.read_bytes()[:-100], b"{}", b"abc"):
         file.write_bytes(content)
         with pytest.warns(UserWarning, match="is damaged, the attack begins anew"):
             record = paperlib.reconstruct(model, theta, data.n, resume=tmp_path)
@@ -298,6 +350,25 @@ def test_a_killed_process_loses_nothing(tmp_path):
         [*command, "0"], capture_output=True, text=True, env=environment, check=True
     )
     assert done.stdout.splitlines()[-1] == "explained True 1"
+
+
+def test_a_folder_that_the_first_process_cannot_make_is_refused_by_all(tmp_path, monkeypatch):
+    class Group:
+        def __init__(self, rank):
+            self.rank = lambda: rank
+
+    (tmp_path / "file").write_text("")
+    sent = []
+
+    def broadcast(objects, *, group, **_):
+        sent.append(list(objects))
+        objects[:] = sent[0]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for rank in (0, 1):
+        with pytest.raises(OSError):
+            saved_attack.SavedAttack(tmp_path / "file" / "folder", "name", group=Group(rank))
+    assert sent[1] == [None, None]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
