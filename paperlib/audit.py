@@ -12,6 +12,7 @@ was guessed too large, a second attack tells which candidates are superfluous.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -41,7 +42,7 @@ from paperlib.record import Reconstruction
 from paperlib.sample_count import SampleCount, estimate_sample_count
 from paperlib.sphere import random_on_sphere
 from paperlib.stored_rounding import rounding_of
-from paperlib.streams import stream
+from paperlib.streams import stream, stream_seed
 
 # The most candidates tried when the number of samples has to be estimated: each costs an attack.
 MOST = 12
@@ -238,10 +239,16 @@ def audit(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
+    shape = (input_shape,) if isinstance(input_shape, numbers.Integral) else tuple(input_shape)
     shape = tuple(check_count("input_shape", size) for size in shape)
     d = math.prod(shape)
     n = None if n is None else check_count("n", n)
+    most = None if most is None else check_count("most", most)
+    stream_seed("candidates", check_count("seed", seed, least=0) + 1)  # of the second attack
+    check_count("restarts", restarts)
+    check_count("max_steps", max_steps)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance, below=1.0)
     if radius is not None:
         radius = check_positive("radius", radius)
     if data is not None:
@@ -315,7 +322,7 @@ def audit(
     }
     count = None
     if n is None and known["body_moved"] == 0 and known["readable"]:
-        most = min(known["readable"], MOST) if most is None else check_count("most", most)
+        most = min(known["readable"], MOST) if most is None else most
         options = search | {"tolerance": max(COUNTED, tolerance), "resume": resume}
         count = estimate_sample_count(features, theta, most=most, **options)
         n = count.n if count.explained or count.jump >= CLEAR_JUMP else None
@@ -340,7 +347,8 @@ def stretch(samples: Tensor, image_shape: Sequence[int]) -> np.ndarray:
     """
     shape = tuple(check_count("image_shape", size) for size in image_shape)
     rows = samples.detach().cpu().double().flatten(1).numpy()
-    if math.prod(shape) != rows.shape[1] or len(shape) not in (2, 3):
+    flat = len(shape) == 2 or (len(shape) == 3 and (shape[2] == 3 or shape[0] in (1, 3)))
+    if math.prod(shape) != rows.shape[1] or not flat:
         raise ValueError(
             f"image_shape must be (H, W), (H, W, 3), (1, H, W) or (3, H, W) with {rows.shape[1]} "
             f"pixels in all, got {shape}"
@@ -372,8 +380,10 @@ def _compare(
     found = samples.flatten(1)
     unit = math.sqrt(rows.shape[1])
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool(norms.any()):
+        norms = norms + unit  # zeros are far from all that was found
     if features.d == rows.shape[1]:  # norms were not searched for: directions are compared
-        rows = rows * (unit / norms)
+        rows = rows * (unit / torch.where(norms > 0, norms, unit))
         found = found * (unit / torch.linalg.vector_norm(found, dim=1, keepdim=True))
     else:
         rows, found = rows * (unit / norms.mean()), found * (unit / norms.mean())

@@ -2,7 +2,7 @@
 
 Samples that explain parameters that hold more numbers than the data need no witness, unless some
 of them are superfluous. In every other case an independent attack is one: a sample is confirmed if
-both found it.
+both found it, once for each candidate there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from paperlib.elimination import removal_costs
+from paperlib.elimination import shares
 from paperlib.module_features import ModuleFeatures
 from paperlib.progress import Progress
 from paperlib.projection import Linearization
@@ -62,16 +63,17 @@ def attack_twice(
         return _finish(features, theta, record, target)
 
     record = attempt(search["seed"])
-    shares = _shares(features, theta, record)
+    each = shares(Linearization(features, theta, record.samples))
     confirmed = torch.ones(n, dtype=torch.bool)
-    if _in_doubt(record, shares):
+    if _in_doubt(record, each):
         other = attempt(search["seed"] + 1)
         if other.loss < record.loss and not read_back(record):
             record, other = other, record
-            shares = _shares(features, theta, record)
-        if _in_doubt(record, shares):
-            confirmed = close_rows(record.samples, other.samples)
-    return nothing | {"record": record, "confirmed": confirmed, "shares": shares}
+            each = shares(Linearization(features, theta, record.samples))
+        if _in_doubt(record, each):
+            again = repeated(record.samples) & (each < NEEDED).cpu()
+            confirmed = witnessed(record.samples, other.samples) & ~again
+    return nothing | {"record": record, "confirmed": confirmed, "shares": each}
 
 
 def _in_doubt(record: Reconstruction, shares: Tensor) -> bool:
@@ -92,12 +94,6 @@ def _finish(
     return replace(record, samples=run.point.X, loss=run.point.loss, passes=passes)
 
 
-def _shares(features: ModuleFeatures, theta: Tensor, record: Reconstruction) -> Tensor:
-    """How much the loss rises without each of the samples."""
-    point = Linearization(features, theta, record.samples)
-    return removal_costs(point.gram_inverse, point.alpha) / point.total_square
-
-
 def read_back(record: Reconstruction) -> bool:
     """Whether the samples explain the parameters, and no others would."""
     return record.explained and record.identifiable
@@ -105,5 +101,25 @@ def read_back(record: Reconstruction) -> bool:
 
 def close_rows(A: Tensor, B: Tensor) -> Tensor:
     """Which rows of A have a row of B within `SAME` of their norm, (n,) of bool."""
-    distances = torch.cdist(A.double(), B.double()).amin(1)
-    return (distances <= SAME * torch.linalg.vector_norm(A.double(), dim=1)).cpu()
+    return (_distances(A, B) <= SAME).any(1)
+
+
+def witnessed(A: Tensor, B: Tensor) -> Tensor:
+    """Which rows of A have a row of B of their own within `SAME` of their norm, (n,) of bool."""
+    distances = _distances(A, B)
+    far = len(A) * SAME + 1  # that no sum of near ones reaches: as many as possible are matched
+    rows, columns = linear_sum_assignment(torch.where(distances <= SAME, distances, far))
+    found = torch.zeros(len(A), dtype=torch.bool)
+    found[rows] = distances[rows, columns] <= SAME
+    return found
+
+
+def repeated(A: Tensor) -> Tensor:
+    """Which rows of A lie within `SAME` of the norm of an earlier one, (n,) of bool."""
+    return (_distances(A, A) <= SAME).tril(-1).any(1)
+
+
+def _distances(A: Tensor, B: Tensor) -> Tensor:
+    """Of the rows of A to those of B, in units of the norm of the former, on the CPU."""
+    A, B = A.detach().double(), B.detach().double()
+    return (torch.cdist(A, B) / torch.linalg.vector_norm(A, dim=1, keepdim=True)).cpu()

@@ -20,6 +20,10 @@ from paperlib.projection import Linearization
 # Candidates that matter no more than this many times the residual are doubted.
 DOUBT = 4.0
 
+# The least part of a candidate in the directions that the pseudo-inverse leaves out, where it is
+# one of dependent ones; of two that are equal each has a half.
+DEPENDENT = 0.05
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -44,6 +48,18 @@ def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
     return alpha.square().sum(1) / inverse.diagonal()
 
 
+def shares(point: Linearization) -> Tensor:
+    """How much the loss rises if one of the candidates is removed, for each, (n,), on CPU or GPU.
+
+    A candidate that others can stand in for, such as one that is there twice, has a share of 0.
+    """
+    costs = removal_costs(point.gram_inverse, point.alpha) / point.total_square
+    absent = _absent(point.gram, point.gram_inverse)
+    if round(float(absent.sum())):
+        costs[absent > DEPENDENT] = 0.0
+    return costs
+
+
 def doubtful_candidates(point: Linearization) -> Tensor:
     """Which candidates matter little more than what is left unexplained, (n,); at least one does.
 
@@ -63,14 +79,18 @@ def least_useful(gram: Tensor, inverse: Tensor, alpha: Tensor) -> tuple[int, flo
         inverse: its pseudo-inverse.
         alpha: (n, C) coefficients.
     """
-    # Diagonal of the projector on the directions that the pseudo-inverse left out.
-    absent = 1 - (inverse * gram).sum(1)
+    absent = _absent(gram, inverse)
     dependent = round(float(absent.sum()))
     if dependent:
         return int(absent.argmax()), 0.0, len(gram) - dependent
     costs = removal_costs(inverse, alpha)
     j = int(costs.argmin())
     return j, float(costs[j]), len(gram)
+
+
+def _absent(gram: Tensor, inverse: Tensor) -> Tensor:
+    """Diagonal of the projector on the directions that the pseudo-inverse left out, (n,)."""
+    return 1 - (inverse * gram).sum(1)
 
 
 def inverse_of_rank(gram: Tensor, rank: int) -> Tensor:

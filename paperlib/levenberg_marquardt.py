@@ -7,6 +7,7 @@ reject and damp more.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,19 +98,24 @@ def levenberg_marquardt(
     point = evaluate(to_sphere(X))
     # Nothing else may hold the first point: what it keeps for products is as large as the features.
     status, history, passes = "step limit", [], point.passes
-    mu = damping.start
+    mu, an_evaluation = damping.start, point.passes
     losses = [point.loss]
     for step in range(1, max_steps + 1):
         if point.loss <= target:
             status = "converged"
             break
         solution, dX = damped_step(point, mu, forcing=forcing, max_inner=max_inner)
-        trial = evaluate(to_sphere(point.X + dX))
-        accepted = trial.loss < point.loss
-        passes += trial.passes + point.product_passes * solution.iterations
+        try:
+            trial = evaluate(to_sphere(point.X + dX))
+        except torch.linalg.LinAlgError:  # of features that are not finite, whose step is rejected
+            trial = None
+        reached = math.inf if trial is None else trial.loss
+        accepted = reached < point.loss
+        passes += an_evaluation if trial is None else trial.passes
+        passes += point.product_passes * solution.iterations
         record = {
             "step": step,
-            "loss": min(trial.loss, point.loss),
+            "loss": reached if accepted else point.loss,
             "damping": mu,
             "inner": solution.iterations,
             "accepted": accepted,
@@ -117,7 +123,7 @@ def levenberg_marquardt(
             "seconds": time.perf_counter() - begun,
         }
         history.append(record)
-        at_floor = point.loss <= floor and trial.loss > 0.5 * point.loss
+        at_floor = point.loss <= floor and reached > 0.5 * point.loss
         mu = damping.after(mu, accepted=accepted)
         if accepted:
             point = trial

@@ -25,7 +25,7 @@ from paperlib.checks import (
     check_positive,
     check_rows,
 )
-from paperlib.elimination import removal_costs
+from paperlib.elimination import shares
 from paperlib.feature_map import FeatureMap
 from paperlib.gradient_descent import DescentTrace, gradient_descent
 from paperlib.losses import Loss, loss_named
@@ -273,9 +273,9 @@ def _record(
     if bool(theta.any()):
         truth = Linearization(features, theta, X)
         residual = truth.loss
-        shares = removal_costs(truth.gram_inverse, truth.alpha) / truth.total_square
+        each = shares(truth)
     else:  # nothing moved, for instance since no neuron is active: there is nothing to explain
-        residual, shares = math.nan, torch.zeros(len(X), dtype=torch.float64, device=X.device)
+        residual, each = math.nan, torch.zeros(len(X), dtype=torch.float64, device=X.device)
     return Training(
         features=features,
         theta=theta,
@@ -283,7 +283,7 @@ def _record(
         reached=reached,
         status=status,
         residual_at_truth=residual,
-        shares=shares,
+        shares=each,
         drift=drift,
         steps=trace.steps,
         seconds=trace.seconds,

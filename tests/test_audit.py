@@ -11,7 +11,7 @@ from torch import nn
 from paperlib import confirmed_attack, least_parameters, projection_loss, to_sphere
 from paperlib.audit import audit, stretch
 from paperlib.checkpoints import check_states_fit, load_state_dict
-from paperlib.confirmed_attack import close_rows
+from paperlib.confirmed_attack import close_rows, repeated, witnessed
 from paperlib.experiments.audit import (
     CASES,
     NETWORKS,
@@ -395,6 +395,50 @@ def test_noise_hides_and_rounding_does_not(exact):
             protections(exact[-1], **wrong)
 
 
+def test_a_candidate_there_is_a_witness_for_one_here():
+    A = torch.tensor([[3.0, 4.0], [3.0, 4.1], [-3.0, 4.0], [0.0, 5.0]])
+    assert witnessed(A, A[:1]).tolist().count(True) == 1 and witnessed(A, A[:1])[:2].any()
+    assert witnessed(A, A[[1, 3, 0]]).tolist() == [True, True, False, True]
+    assert witnessed(A, A.flip(0)).all() and not witnessed(A, -A).any()
+    assert repeated(A).tolist() == [False, True, False, False]
+
+
+def test_two_candidates_on_one_sample_are_not_two_samples(exact, monkeypatch):
+    """As a guess of n that is too large leads to."""
+    module, X, before, after, found = exact
+    rows = found.record.samples
+    beside = to_sphere(
+        rows[:1] + 0.05 * rows.norm(dim=1).mean() * torch.eye(1, rows.shape[1]).to(rows)
+    )
+    far = -rows[:1]
+    options = {"last_layer": "2", "input_shape": D, "dtype": torch.float64, **QUICK}
+
+    def audited(*attacks):
+        records = iter([dataclasses.replace(found.record, samples=torch.cat(a)) for a in attacks])
+        monkeypatch.setattr(confirmed_attack, "reconstruct", lambda *_, **__: next(records))
+        again = audit(module, before, after, n=N + 1, **options)
+        assert again.verdict == "partly read back"
+        return again
+
+    # Twice in both attacks: neither of the two is needed, and one of them is a sample.
+    again = audited((rows, rows[:1]), (rows, rows[:1]))
+    assert again.shares[[0, N]].abs().max() < 1e-9 < again.shares[1:N].min()
+    assert again.confirmed.tolist() == [True] * N + [False]
+    # A superfluous one near a sample, which has but one witness: the nearer of them is confirmed.
+    again = audited((beside, rows), (rows, far))
+    assert again.confirmed.tolist() == [False] + [True] * N
+
+
+@pytest.mark.parametrize("radius", [None, 3.0])
+def test_an_input_of_zeros_among_the_data_is_no_direction(exact, radius):
+    module, X, before, after, _ = exact
+    options = {"last_layer": "2", "input_shape": D, "dtype": torch.float64}
+    options |= {"n": 2, "radius": radius, "restarts": 1, "max_steps": 2}
+    for data in (torch.cat([X[:-1], 0 * X[:1]]), 0 * X):
+        found = audit(module, before, after, data=data, **options)
+        assert math.isfinite(found.comparison.signed.max())
+
+
 def test_rows_that_recur():
     A = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
     B = torch.tensor([[3.0, 4.9], [1.0, 0.0]])
@@ -408,6 +452,8 @@ def test_pictures(exact):
     assert stretch(torch.randn(2, 12), (3, 2, 2)).shape == (2, 2, 2, 3)
     with pytest.raises(ValueError, match="6 pixels in all"):
         exact[-1].pictures((2, 2))
+    with pytest.raises(ValueError, match=r"image_shape must be \(H, W\), .* got \(5, 3, 2\)"):
+        stretch(torch.randn(2, 30), (5, 3, 2))
 
 
 # The experiment
@@ -589,6 +635,11 @@ def test_equal_states_are_refused(exact):
         ({"data": torch.full((2, D), math.nan)}, ValueError, "data must be finite, got 12"),
         ({"before": "nowhere.pt"}, FileNotFoundError, "no checkpoint at nowhere.pt"),
         ({"module": "net"}, TypeError, "torch.nn.Module, got str"),
+        ({"most": -1}, ValueError, "most must be at least 1, got -1"),
+        ({"restarts": 0}, ValueError, "restarts must be at least 1, got 0"),
+        ({"max_steps": 1.5}, TypeError, "max_steps must be a whole number, got 1.5"),
+        ({"tolerance": 1.0}, ValueError, "tolerance must be above 0 and below 1"),
+        ({"seed": 2**63 - 1}, ValueError, r"seed must be at least 0 and below 2\^63"),
     ],
 )
 def test_other_bad_input_is_refused_before_any_attack(exact, monkeypatch, options, error, message):

@@ -10,7 +10,7 @@ import scipy.optimize
 import torch
 
 from paperlib import GivenFeatures, RandomFeatures, fit_min_norm, projection_loss, sphere
-from paperlib.elimination import eliminate
+from paperlib.elimination import eliminate, shares
 from paperlib.levenberg_marquardt import damped_step, levenberg_marquardt
 from paperlib.lift import Lift
 from paperlib.preconditioner import Preconditioner
@@ -539,3 +539,42 @@ def test_a_descent_keeps_one_point_beside_the_trial():
 
     run = levenberg_marquardt(evaluate, start, target=1e-20, max_steps=6)
     assert len(run.history) == 6 and run.point.loss == run.history[-1]["loss"]
+
+
+def test_a_step_to_features_that_are_not_finite_is_rejected():
+    model, theta, X, _ = problem("tanh")
+    start = to_sphere(X + 0.1 * randn(3, 5, seed=10))
+    passes = []
+
+    def evaluate(Z):
+        passes.append(Z)
+        if len(passes) == 2:  # as `eigh` says of features that overflowed
+            raise torch.linalg.LinAlgError("did not converge")
+        return Linearization(model, theta, Z, curvature=True)
+
+    run = levenberg_marquardt(evaluate, start, target=1e-20, max_steps=100)
+    first, second = run.history[:2]
+    assert not first["accepted"] and first["loss"] == pytest.approx(
+        float(projection_loss(model, theta, start))
+    )
+    assert second["damping"] > first["damping"] and second["passes"] > first["passes"] > 0
+    assert run.status == "converged"
+
+
+def test_a_candidate_that_others_can_stand_in_for_has_no_share():
+    model, theta, X, _ = problem("tanh", n=3)
+    exact = [
+        float(projection_loss(model, theta, X[[k for k in range(3) if k != j]])) for j in (0, 1, 2)
+    ]
+    alone = shares(Linearization(model, theta, X))
+    torch.testing.assert_close(alone, torch.tensor(exact).double(), rtol=1e-6, atol=0)
+    twice = shares(Linearization(model, theta, torch.cat([X, X[:1]])))
+    assert twice[[0, 3]].tolist() == [0, 0]
+    torch.testing.assert_close(twice[1:3], alone[1:3])
+    relu = GivenFeatures(model.V, "relu")  # and one at which no feature is on
+    off = -to_sphere(model.V.sum(0, keepdim=True))
+    assert relu.features(X).any()
+    dead = GivenFeatures(relu.V[(relu.V @ off.T)[:, 0] < 0], "relu")
+    theta = torch.ones(1, 3, dtype=torch.float64) @ dead.features(X)
+    each = shares(Linearization(dead, theta, torch.cat([X, off])))
+    assert each[3] == 0 and each[:3].min() > 0
