@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -23,7 +24,13 @@ public:
       total -= bytes;
       return memory;
     }
-    return std::aligned_alloc(64, bytes);
+    void *memory = std::aligned_alloc(64, bytes);
+    if (!memory && bytes) {
+      // An exception cannot leave the threads of OpenMP, nor reach Python.
+      std::fprintf(stderr, "paperlib: no memory for %ld bytes in a kernel\n", bytes);
+      std::abort();
+    }
+    return memory;
   }
   void give(long bytes, void *memory) {
     blocks.emplace_back(bytes, memory);

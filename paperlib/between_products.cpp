@@ -1,8 +1,7 @@
 // What lies between the two products of a pass: U = dX V^T and dw V^T in, W for W V out.
 // `between_products.py` compiles this file and says what it is for.
 
-#include <cstdlib>
-
+#include "aligned_memory.h"
 #include "between_products.h"
 
 namespace {
@@ -11,8 +10,8 @@ template <class Number, class Activations, class Out>
 void turn(const Number *U, const Activations &at, const Step &step, long h, Out *W,
           float *W_scales, float *Ha, int threads) {
   const long padded = (h + LANES - 1) / LANES * LANES;
-  float *T = static_cast<float *>(std::aligned_alloc(64, 2 * padded * sizeof(float)));
-  float *back = step.scales ? T + padded : T;
+  const auto memory = allocate<float>(2 * padded);
+  float *T = memory.get(), *back = step.scales ? T + padded : T;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -23,7 +22,6 @@ void turn(const Number *U, const Activations &at, const Step &step, long h, Out 
       if (i < step.n) Ha[i] = sum;
     }
   }
-  std::free(T);
 }
 
 } // namespace
@@ -49,7 +47,7 @@ extern "C" {
 TURN(float32, float, float)
 TURN_TWO_SLOPES(float32_float32, float, float, float)
 TURN_TWO_SLOPES(float32_float16, float, Float16Number, float)
-#ifdef __AVX512BF16__
+#if defined(SIXTEEN_LANES) && defined(__AVX512BF16__)
 TURN(bfloat16, Bfloat16Number, Bfloat16Number)
 TURN_TWO_SLOPES(bfloat16_bfloat16, Bfloat16Number, Bfloat16Number, Bfloat16Number)
 #endif

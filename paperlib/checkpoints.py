@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from paperlib.damaged_files import DAMAGED
+
 # Under these names training programs keep the state dictionary among other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -60,8 +62,10 @@ def load_state_dict(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> di
             "may run any code, or it is no checkpoint. Expected torch.save(module.state_dict(), "
             "path) or safetensors"
         ) from error
-    except (EOFError, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path.name} is damaged or no checkpoint: {error}") from error
+    except DAMAGED as error:
+        raise ValueError(
+            f"{path.name} is damaged or no checkpoint: {type(error).__name__}: {error}"
+        ) from error
     return _only_tensors(path.name, content)
 
 

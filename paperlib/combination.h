@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "panels.h"
 #include "shares.h"
@@ -17,7 +18,6 @@
 namespace {
 
 constexpr int MOST_CHUNK = 512; // rows of V
-constexpr int MOST_THREADS = 1024;
 
 // The sums of W V of one thread. `Total` is float32, or of the whole numbers that the units give.
 template <class F, class Total> class Combination {
@@ -166,7 +166,7 @@ template <class F, class Total, class Begin>
 void add_chunks(long m, float *out, long height, long h, long d, int threads, const Begin &begin) {
   using Mine = Combination<F, Total>;
   const long chunk = chunk_rows<F>(m, h, d, threads);
-  Mine *all_sums[MOST_THREADS] = {};
+  std::vector<Mine *> all_sums(threads);
 #pragma omp parallel num_threads(threads)
   {
     auto work = begin(chunk);
@@ -184,7 +184,7 @@ void add_chunks(long m, float *out, long height, long h, long d, int threads, co
       mine.add(W.get(), scales.get(), count);
     }
 #pragma omp barrier
-    add_up(all_sums, team, out, height);
+    add_up(all_sums.data(), team, out, height);
   }
 }
 

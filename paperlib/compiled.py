@@ -2,8 +2,9 @@
 
 As `torch.compile` does, with the compiler of the machine: a wheel would have to be built for every
 kind of processor. What was compiled is kept in the user's cache folder (`$XDG_CACHE_HOME/paperlib`)
-and found there by its source, the compiler, and what the processor has. Without a compiler, or with
-PAPERLIB_COMPILE=0, everything runs without it, more slowly.
+and found there by its source, the compiler, and what the processor has; a compiler that takes the
+place of another one compiles anew. Without one, or with PAPERLIB_COMPILE=0, everything runs without
+it, more slowly.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -44,35 +46,48 @@ def library(name: str) -> ctypes.CDLL | None:
     made = [*command, *FLAGS]
     processor = getattr(torch.cpu, "get_capabilities", dict)()
     sources = [source, *sorted(source.parent.glob("*.h"))]
-    parts = [[path.read_text() for path in sources], made, sorted(processor.items())]
+    programs = [_identity(word) for word in command]
+    parts = [[path.read_text() for path in sources], made, programs, sorted(processor.items())]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    kept = cache_folder() / f"{source.stem}-{key}.so"
+    file_name = f"{source.stem}-{key}.so"
     try:
-        return ctypes.CDLL(str(kept))
+        return ctypes.CDLL(str(cache_folder() / file_name))
     except OSError:
         pass  # not there yet, or unfinished business of another system
-    with tempfile.TemporaryDirectory(prefix="paperlib-") as folder:
-        fresh = Path(folder, kept.name)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="paperlib-", ignore_cleanup_errors=True) as folder:
+            fresh = Path(folder, file_name)
             subprocess.run(
-                [*made, "-o", str(fresh), str(source)], check=True, capture_output=True, text=True
+                [*made, "-o", str(fresh), str(source)],
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
-            loaded = ctypes.CDLL(str(fresh))
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            warnings.warn(
-                f"{shlex.join(command)} could not compile {name}, so attacks will be slower "
-                f"({SWITCH_VARIABLE}=0 does without):\n{said[-2000:]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(kept, fresh.read_bytes())
-        except OSError:
-            pass  # compiled again next time
-    return loaded
+            return _stored(fresh)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"{shlex.join(command)} could not compile {name}, so attacks will be slower "
+            f"({SWITCH_VARIABLE}=0 does without):\n{said[-2000:]}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _stored(fresh: Path) -> ctypes.CDLL:
+    """The functions of a file that was just compiled, which is kept in the cache if it can be.
+
+    From there first: some systems run nothing that lies among temporary files.
+    """
+    try:
+        kept = cache_folder() / fresh.name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, fresh.read_bytes())
+        return ctypes.CDLL(str(kept))
+    except OSError:
+        return ctypes.CDLL(str(fresh))  # compiled again next time
 
 
 def has(source: str, function: str) -> bool:
@@ -109,8 +124,31 @@ def call(source: str, function: str, *arguments: Tensor | int | float | None) ->
 
 
 def cache_folder() -> Path:
-    """Where compiled files are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "paperlib"
+    """Where compiled files are kept: without a home, in a folder of ours among temporary files.
+
+    Raises:
+        OSError: if that cannot be made, or somebody else could write into it.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "paperlib"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir(), f"paperlib-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # Others may have made one of that name, or a link, and what lies in it is run.
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"expected {folder} to be a folder that only this user can write to")
+    return folder
+
+
+def _identity(word: str) -> tuple[str, int, int] | None:
+    """Path, size and time of the program that a word of a command names, None if it names none."""
+    found = shutil.which(word)
+    if found is None:
+        return None
+    path = Path(found).resolve()
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns
 
 
 def _compiler() -> list[str] | None:

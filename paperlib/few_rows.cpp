@@ -14,10 +14,11 @@
 #include <cstring>
 
 #include "aligned_memory.h"
+#include "lanes.h"
 #include "product_functions.h"
 #include "shares.h"
 
-#ifdef __AVX512F__
+#ifdef SIXTEEN_LANES
 #include "few_rows_avx512.h"
 #else
 #include "few_rows_avx2.h"
@@ -300,10 +301,10 @@ void combine(const typename F::number *W, const typename F::number *V, float *ou
 // Sizes: A (m, d), W (m, h), V (h, d); what is returned is float32, but A V^T of bfloat16.
 extern "C" {
 PRODUCTS(float32, Float32, float)
-#ifdef __AVX512BF16__
+#if defined(SIXTEEN_LANES) && defined(__AVX512BF16__)
 PRODUCTS(bfloat16, Bfloat16, uint16_t)
 #endif
-#ifdef __AVX512VNNI__
+#if defined(SIXTEEN_LANES) && defined(__AVX512VNNI__)
 PRODUCTS(int8, Int8, float)
 #endif
 }

@@ -98,14 +98,30 @@ def _within(bounds: Bounds, rows: int, d: int) -> bool:
 
 
 def project(A: Tensor, V: Tensor) -> Tensor:
-    """A V^T, (m, h), for A (m, d) and V (h, d); of int8 in float32, else in the dtype of A."""
+    """A V^T, (m, h), for A (m, d) and V (h, d); of int8 in float32, else in the dtype of A.
+
+    Raises:
+        ValueError: if A has not as many columns as V.
+    """
+    _check("A", A, V.shape[1])
     out = A.new_empty(len(A), len(V), dtype=torch.float32 if A.dtype == torch.int8 else A.dtype)
     return _call("project", A, V, out)
 
 
 def combine(W: Tensor, V: Tensor) -> Tensor:
-    """W V, (m, d), for W (m, h) and V (h, d), in float32."""
+    """W V, (m, d), for W (m, h) and V (h, d), in float32.
+
+    Raises:
+        ValueError: if W has not a column for each row of V.
+    """
+    _check("W", W, len(V))
     return _call("combine", W, V, W.new_empty(len(W), V.shape[1], dtype=torch.float32))
+
+
+def _check(name: str, factor: Tensor, inner: int) -> None:
+    """Refuse a left factor of other columns: the kernels would read on beyond its end."""
+    if factor.ndim != 2 or factor.shape[1] != inner:
+        raise ValueError(f"expected {name} of shape (m, {inner}), got {tuple(factor.shape)}")
 
 
 def _call(product: str, A: Tensor, V: Tensor, out: Tensor) -> Tensor:

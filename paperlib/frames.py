@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from paperlib.checks import check_count
+from paperlib.damaged_files import DAMAGED
 from paperlib.grid import plain
 from paperlib.replace_file import replace_file
 
@@ -127,21 +128,44 @@ class Frames:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file holds something else.
+            ValueError: if the file is damaged or holds something else.
         """
-        with np.load(path, allow_pickle=False) as stored:
-            missing = {"about", "losses", "stages", "steps", "sizes", "samples"} - set(stored)
-            if missing:
-                raise ValueError(
-                    f"{Path(path).name} holds no frames: {', '.join(sorted(missing))} missing"
-                )
-            values = {name: stored[name] for name in stored}
+        name = Path(path).name
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                missing = {"about", "losses", "stages", "steps", "sizes", "samples"} - set(stored)
+                values = {} if missing else {key: stored[key] for key in stored}
+        except FileNotFoundError:
+            raise
+        except DAMAGED as error:
+            raise ValueError(
+                f"{name} is damaged, or no file of Frames.save: {type(error).__name__}: {error}"
+            ) from error
+        if missing:
+            raise ValueError(f"{name} holds no frames: {', '.join(sorted(missing))} missing")
+        try:
+            return cls._of(values)
+        except DAMAGED as error:
+            raise ValueError(
+                f"{name} holds frames that do not fit together: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _of(cls, values: Mapping[str, np.ndarray]) -> tuple[Frames, dict[str, Any]]:
+        """The frames of a file's arrays; raises some error of `DAMAGED` where they do not fit."""
         frames = cls(most=max(4, len(values["steps"]) + 1))
         frames.losses = values["losses"].tolist()
         frames.stages = values["stages"].tolist()
         rows = torch.from_numpy(values["samples"]).float().split(values["sizes"].tolist())
+        count = len(frames.losses)
+        outside = [step for step in values["steps"].tolist() if not 1 <= step <= count]
+        if outside:
+            raise ValueError(f"steps must lie between 1 and {count}, got {outside[0]}")
         frames._kept = [
             Frame(step, frames.stages[step - 1], frames.losses[step - 1], samples)
             for step, samples in zip(values["steps"].tolist(), rows, strict=True)
         ]
-        return frames, json.loads(str(values["about"]))
+        about = json.loads(str(values["about"]))
+        if not isinstance(about, dict):
+            raise TypeError(f"about must be a dictionary, got {type(about).__name__}")
+        return frames, about

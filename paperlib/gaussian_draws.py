@@ -67,7 +67,7 @@ def available() -> bool:
     """Whether this machine has a kernel, and it makes the numbers of torch."""
     if not compiles():
         return False
-    ours, theirs = torch.empty(2, 2, 64 * GROUP)
+    ours, theirs = torch.empty(2, 2, 64 * GROUP, dtype=torch.float32, device="cpu")
     fill_by_kernel(ours, "V", 0, 0, 1.0)
     fill_by_torch(theirs, "V", 0, 0, 1.0)
     return torch.allclose(ours, theirs, rtol=0, atol=ROUNDING)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from paperlib.checks import check_finite, check_positive, check_rows
-from paperlib.module_features import ModuleFeatures
+from paperlib.module_features import ModuleFeatures, refusals_in_words, shape_of_input
 from paperlib.networks.two_layer import Pointwise
 from paperlib.saved_activations import saved_bytes
 from paperlib.second_derivatives import differentiable_attention
@@ -225,10 +225,11 @@ class ParameterGradients(nn.Module):
         super().__init__()
         self.network = network
         first = next(network.parameters())
-        shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
-        with torch.no_grad(), differentiable_attention():
-            out = network(torch.zeros(2, *shape, device=first.device, dtype=first.dtype))
-        name = type(network).__name__
+        shape, name = shape_of_input(input_shape), type(network).__name__
+        zeros = torch.zeros(2, *shape, device=first.device, dtype=first.dtype)
+        copy = deepcopy(network)  # batch normalisation in training would change the caller's own
+        with torch.no_grad(), refusals_in_words(name, shape), differentiable_attention():
+            out = copy(zeros)
         if not isinstance(out, Tensor) or out.ndim not in (1, 2) or len(out) != 2:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"{name} must return (n,) or (n, C), expected (2, C), got {got}")
@@ -257,7 +258,9 @@ class ParameterGradients(nn.Module):
             return (out.reshape(-1) * self.weights).sum()
 
         rows = torch.func.vmap(torch.func.grad(output), in_dims=(None, 0))(parameters, X)
-        return torch.cat([rows[name].flatten(1) for name in parameters], dim=1)
+        # A parameter that is one number, of no dimension, leaves no second axis to flatten.
+        flat = [rows[name].reshape(len(X), p.numel()) for name, p in parameters.items()]
+        return torch.cat(flat, dim=1)
 
 
 def smooth_relus(module: nn.Module, sharpness: float, *, exact_value: bool = True) -> nn.Module:
@@ -273,14 +276,16 @@ def smooth_relus(module: nn.Module, sharpness: float, *, exact_value: bool = Tru
     """
     sharpness = check_positive("sharpness", sharpness)
     copy = deepcopy(module)
-    found = [name for name, part in copy.named_modules() if _is_relu(part)]
-    if not found:
+    if _is_relu(copy):
+        return SmoothReLU(sharpness, exact_value=exact_value)
+    # One instance may stand in several places, each of which is to be replaced. The parents are
+    # looked up before the first of them is, while all names still lead somewhere.
+    places = [name for name, part in copy.named_modules(remove_duplicate=False) if _is_relu(part)]
+    if not places:
         raise ValueError(f"{type(module).__name__} has no ReLU whose slope could be smoothed")
-    for name in found:
-        if not name:
-            return SmoothReLU(sharpness, exact_value=exact_value)
-        parent, _, child = name.rpartition(".")
-        setattr(copy.get_submodule(parent), child, SmoothReLU(sharpness, exact_value=exact_value))
+    split = [name.rpartition(".") for name in places]
+    for parent, child in [(copy.get_submodule(parent), child) for parent, _, child in split]:
+        setattr(parent, child, SmoothReLU(sharpness, exact_value=exact_value))
     return copy
 
 

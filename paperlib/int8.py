@@ -6,7 +6,9 @@ with VNNI instructions multiply whole numbers of 8 bits several times as fast as
 numbers, and V takes a quarter of its float32 memory.
 
 Every row of V, and of what is multiplied with it, is s q with whole numbers q in -127 .. 127 and a
-scale s = max |row| / 127 of its own. The products of whole numbers are exact.
+scale s = max |row| / 127 of its own. Products of whole numbers, and their sums in 32 bits, are
+exact; what comes back is rounded to float32, which has 24. On matrix units each thread has a sum
+of W V, and each is rounded before they are added: the last digits depend on the threads there.
 """
 
 from __future__ import annotations

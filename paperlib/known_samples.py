@@ -66,7 +66,7 @@ class WithoutKnown(FeatureMap):
         self.odd = model.odd
         self.known = known.detach().clone()
         self.lift = lift
-        spanning = model.features(known).double()
+        spanning = model.features(self.known).double()
         if lift:
             columns = torch.cat([block.weights for block in model.blocks()]).double().T  # (d, p)
             spanning = torch.cat([spanning, columns * (spanning.norm() / columns.norm())])
@@ -189,7 +189,8 @@ def _lifted(
     The better of both by loss, with the work of both.
     """
     lifted = WithoutKnown(rest.inner, rest.known, lift=True)
-    record = reconstruct(lifted, lifted.off(theta), n, **options)
+    # Message passing and the search of a subspace need all features: they refuse the lifted ones.
+    record = reconstruct(lifted, lifted.off(theta), n, **{**options, "start": "random"})
     begun, tolerance = time.perf_counter(), before.options["tolerance"]
     finish = descend(
         rest,

@@ -10,6 +10,11 @@
 
 #define UNROLL _Pragma("GCC unroll 16")
 
+// All of AVX-512 that is used here: the first processors that had any of it had no more than F.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SIXTEEN_LANES
+#endif
+
 namespace {
 
 struct Float16Number {
@@ -19,7 +24,7 @@ struct Bfloat16Number {
   uint16_t bits;
 };
 
-#ifdef __AVX512F__
+#ifdef SIXTEEN_LANES
 
 constexpr int LANES = 16;
 using Lanes = __m512;

@@ -46,6 +46,8 @@ class LiveRun:
         self._go = threading.Event()
         self._go.set()
         self._stop = False
+        # Guards the tests and changes of the state; nobody waits or runs the work while holding it.
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="reconstruction", daemon=True)
 
     @property
@@ -59,30 +61,34 @@ class LiveRun:
         Raises:
             RuntimeError: if the run has begun before.
         """
-        if self.state != "ready":
-            raise RuntimeError(f"a run begins once: this one is {self.state}")
-        self.state = "running"
+        with self._lock:
+            if self.state != "ready":
+                raise RuntimeError(f"a run begins once: this one is {self.state}")
+            self.state = "running"
         self._thread.start()
 
     def pause(self) -> None:
         """Hold after the present step; without effect on a run that does not run."""
-        if self.state == "running":
-            self._go.clear()
-            self.state = "paused"
+        with self._lock:
+            if self.state == "running":
+                self._go.clear()
+                self.state = "paused"
 
     def resume(self) -> None:
         """Go on from a pause; without effect otherwise."""
-        if self.state == "paused":
-            self.state = "running"
-            self._go.set()
+        with self._lock:
+            if self.state == "paused":
+                self.state = "running"
+                self._go.set()
 
     def stop(self) -> None:
         """End after the present step, paused or not; what was found so far stays in `frames`."""
-        if self.state == "ready":
-            self.state = "stopped"
-        elif self.alive:
-            self._stop = True
-            self._go.set()
+        with self._lock:
+            if self.state == "ready":
+                self.state = "stopped"
+            elif self.alive:
+                self._stop = True
+                self._go.set()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait until the run has ended, at most `timeout` seconds."""
@@ -100,9 +106,13 @@ class LiveRun:
             self.record = self._work(self._step)
             self.frames("result", self.record.loss, self.record.samples)
         except Stopped:
-            self.state = "stopped"
+            self._end("stopped")
         except Exception as error:  # shown to the person who watches: a thread has no other way
-            self.error = f"{type(error).__name__}: {error}"
-            self.state = "failed"
+            self._end("failed", f"{type(error).__name__}: {error}")
         else:
-            self.state = "done"
+            self._end("done")
+
+    def _end(self, state: str, error: str | None = None) -> None:
+        with self._lock:
+            self.error = error  # first: who sees "failed" reads it without the lock
+            self.state = state

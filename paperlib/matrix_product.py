@@ -77,7 +77,8 @@ def _onednn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
     """The linear layer of oneDNN, None where this build of torch has none that works."""
     try:
         layer = torch.ops.mkldnn._linear_pointwise
-        x, w = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        numbers = torch.arange(12, dtype=torch.float32, device="cpu")
+        x, w = numbers[:6].view(2, 3), numbers.view(4, 3)
         if not torch.equal(layer(x, w, None, "none", [], ""), x @ w.T):
             return None
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):

@@ -53,6 +53,7 @@ def fit_min_norm(
         _check_something_to_learn(targets)
     else:
         check_rows("theta_0", theta_0, model, rows=targets.shape[1], columns=model.p)
+        theta_0 = theta_0.detach()
         check_finite("theta_0", theta_0)
     gram = torch.zeros(n, n, dtype=torch.float64, device=model.device)
     initial = torch.zeros_like(targets)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -89,15 +89,15 @@ class ModuleFeatures(FeatureMap):
                 for a module without any).
 
         Raises:
-            TypeError: for anything but a module, or one that computes in another dtype.
+            TypeError: for anything but a module, one that computes in another dtype, or a shape
+                that is not of whole numbers.
             ValueError: if the module does not take such inputs, if rows influence each other, if
                 two calls differ, if the output has no row for each input or is not finite, if it
                 cannot be differentiated twice, or if its derivative is zero.
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
-        self.input_shape = tuple(check_count("input_shape", size) for size in shape)
+        self.input_shape = shape_of_input(input_shape)
         self.d = math.prod(self.input_shape)
         self.probes = check_count("probes", probes)
         self.seed = check_count("seed", seed, least=0)
@@ -130,7 +130,8 @@ class ModuleFeatures(FeatureMap):
     def forward(self, X: Tensor) -> Tensor:
         """The module on rows of X, (n, d) -> (n, p)."""
         with differentiable_attention():
-            return self.module(X.reshape(-1, *self.input_shape)).flatten(1)
+            out = self.module(X.reshape(-1, *self.input_shape))
+        return out.flatten(1) if out.ndim > 1 else out[:, None]  # (n,) is one feature a row
 
     def blocks(self, *, dtype: torch.dtype | None = None) -> Iterator[FeatureBlock]:
         """One block with all p features.
@@ -232,6 +233,17 @@ class ModuleFeatures(FeatureMap):
         x = torch.zeros(1, self.d, device=self.device, dtype=self.dtype, requires_grad=True)
         inner, out = saved_bytes(lambda: self.forward(x), self.module.state_dict().values())
         return inner + out.numel() * out.element_size()
+
+
+def shape_of_input(input_shape: int | Sequence[int]) -> tuple[int, ...]:
+    """The shape of one input as a tuple; a whole number stands for a row of that length.
+
+    Raises:
+        TypeError: for anything but whole numbers.
+        ValueError: for a size below 1.
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, Iterable) else (input_shape,)
+    return tuple(check_count("input_shape", size) for size in shape)
 
 
 @contextmanager

@@ -42,8 +42,9 @@ class NormalProduct:
         self.alpha, self.da = alpha.to(dtype), da.to(dtype)
         self.sent = dX.to(dtype) if dw is None else torch.cat([dX, dw]).to(dtype)
         self.rounded: Int8Rows | None = None  # the same in 8 bits
-        self.HX = torch.zeros_like(self.sent, dtype=dX.dtype)
-        self.Ha = torch.zeros_like(da)
+        # Row after row, as kernels add to them: `zeros_like` would follow the strides of the step.
+        self.HX = torch.zeros(self.sent.shape, dtype=dX.dtype, device=dX.device)
+        self.Ha = torch.zeros(da.shape, dtype=da.dtype, device=da.device)
 
     def add(self, block: RandomFeatureBlock, activations: Given | TwoSlopes) -> None:
         """Add a tile, given its features and slopes, or what both follow from."""

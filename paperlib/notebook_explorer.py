@@ -12,6 +12,8 @@ import html
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 
 import ipywidgets as widgets
 import numpy as np
@@ -55,11 +57,12 @@ class Explorer:
                 one.
 
         Raises:
-            ValueError: if there is none, or a file holds something else.
+            FileNotFoundError: if one of the files is not there.
+            ValueError: if there is none, or a file is damaged or holds something else.
         """
         if not stored:
             raise ValueError("stored must name at least one stored run, got none")
-        self._stored = [(frames, Setting(**about)) for frames, about in map(Frames.load, stored)]
+        self._stored = [_stored_run(path) for path in stored]
         self.run: LiveRun | None = None
         self._task: asyncio.Task | None = None
         self._build()
@@ -322,6 +325,19 @@ class Explorer:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=90)
         return file.getvalue()
+
+
+def _stored_run(path: str | os.PathLike[str]) -> tuple[Frames, Setting]:
+    """The course of a stored run, and what was chosen for it."""
+    frames, about = Frames.load(path)
+    try:
+        return frames, Setting(**about)
+    except TypeError as error:
+        names = ", ".join(field.name for field in fields(Setting))
+        raise ValueError(
+            f"{Path(path).name} holds no run of the explorer: expected values of {names}, "
+            f"got {', '.join(map(repr, about)) or 'none'}"
+        ) from error
 
 
 def _image(png: bytes, alternative: str) -> str:

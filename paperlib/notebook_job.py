@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +14,12 @@ import yaml
 
 from paperlib.notebook_source import tags
 
-# The code that a notebook's results come from.
+# The code that a notebook's results come from: Python, and what is compiled for it.
 PACKAGE = Path(__file__).parent
+CODE = {".py", ".cpp", ".h"}
+
+# Folder beside the notebooks with runs that some of them only show.
+STORED_RUNS = "stored_runs"
 
 # Libraries whose version changes what a notebook computes.
 LIBRARIES = ("numpy", "paperlib", "scikit-image", "scikit-learn", "scipy", "torch", "torchvision")
@@ -80,15 +85,24 @@ class Job:
             raise ValueError(f"expected lines NAME: VALUE, got a {type(values).__name__}")
         return values
 
-    def key(self) -> str:
-        """A hash of all that the result depends on: notebook, parameters, package, versions."""
+    def key(self, parameters: Mapping[str, object] | None = None) -> str:
+        """A hash of all that the result depends on: notebook, parameters, code, data, versions.
+
+        Args:
+            parameters: what `parameters` returned; if None, they are read now.
+        """
         notebook = nbformat.read(self.notebook, as_version=4)
+        cells = [[cell.cell_type, cell.source, tags(cell)] for cell in notebook.cells]
+        parameters = self.parameters() if parameters is None else dict(parameters)
+        code = [path for path in PACKAGE.rglob("*") if path.suffix in CODE]
+        # Only a notebook that names the folder reads from it.
+        named = STORED_RUNS in json.dumps([cells, parameters], default=str)
+        stored = (self.notebook.parent / STORED_RUNS).glob("*.npz") if named else ()
         parts = {
-            "cells": [[cell.cell_type, cell.source, tags(cell)] for cell in notebook.cells],
-            "parameters": self.parameters(),
-            "package": {
-                str(path.relative_to(PACKAGE)): file_hash(path) for path in PACKAGE.rglob("*.py")
-            },
+            "cells": cells,
+            "parameters": parameters,
+            "package": {str(path.relative_to(PACKAGE)): file_hash(path) for path in code},
+            "stored runs": {path.name: file_hash(path) for path in stored},
             "versions": library_versions(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

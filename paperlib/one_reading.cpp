@@ -10,6 +10,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "between_products.h"
 #include "combination.h"
@@ -53,7 +54,7 @@ template <class Turn>
 void pass_in_parts(const float *A, long sent, const float *V, long m, float *out, long height,
                    long h, long d, int threads, const Turn &turn) {
   FewRows<true> right(sent, d);
-  Float32Pass *all_sums[MOST_THREADS] = {};
+  std::vector<Float32Pass *> all_sums(threads);
 #pragma omp parallel num_threads(threads)
   {
     right.fill(A);
@@ -71,7 +72,7 @@ void pass_in_parts(const float *A, long sent, const float *V, long m, float *out
       mine.combine(panel, count, W.get(), WIDTH);
     }
 #pragma omp barrier
-    add_up(all_sums, team, out, height);
+    add_up(all_sums.data(), team, out, height);
   }
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paperlib import between_products, few_rows, matrix_units
 from paperlib.between_products import Given, TwoSlopes
-from paperlib.compiled import call
+from paperlib.compiled import call, has
 from paperlib.int8 import Int8Rows
 
 SOURCE = "one_reading.cpp"
@@ -37,7 +37,9 @@ def takes_pass(A: Tensor | Int8Rows, V: Tensor | Int8Rows) -> bool:
         A, V = A.values, V.values
     few = V.dtype == torch.float32 and len(A) <= FLOAT32_MOST_ROWS
     units = matrix_units.available() if few else matrix_units.multiply(V.dtype)
-    return units and few_rows.takes(A, V)
+    if not (units and few_rows.takes(A, V)):
+        return False
+    return has(SOURCE, f"second_moment_{few_rows.NAMES[V.dtype]}")  # it may fail to compile alone
 
 
 def add_product(
@@ -71,13 +73,20 @@ def add_product(
     kernel, given = between_products.arguments(few_rows.NAMES[V.dtype], activations)
     numbers = alpha.float().contiguous(), da.float().contiguous(), float(linear), scales
     sums = HX, Ha
-    if HX.dtype != torch.float32:
-        sums = [torch.zeros_like(total, dtype=torch.float32) for total in (HX, Ha)]
+    # The kernel adds to rows of float32, one after another in memory.
+    at_once = all(total.dtype == torch.float32 and total.is_contiguous() for total in sums)
+    if not at_once:
+        sums = [_zeros(total) for total in sums]
     A = A.contiguous()
     call(SOURCE, f"product_{kernel}", A, V, *given, *numbers, n, rows, h, d, *sums)
-    if HX.dtype != torch.float32:
+    if not at_once:
         HX += sums[0]
         Ha += sums[1]
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Sums of float32 for a kernel: row after row, which `zeros_like` does not promise."""
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
 def forward(X: Tensor, V: Tensor, left: float, right: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +100,7 @@ def forward(X: Tensor, V: Tensor, left: float, right: float) -> tuple[Tensor, Te
     """
     n, (h, d) = len(X), V.shape
     inputs, features = X.new_empty(n, h), X.new_empty(n, h)
-    through = torch.zeros_like(X, dtype=torch.float32)
+    through = _zeros(X)
     slopes = float(left), float(right)
     X = X.contiguous()
     name = few_rows.NAMES[V.dtype]
@@ -130,7 +139,9 @@ def second_moment(Q: Tensor | Int8Rows, V: Tensor | Int8Rows, Y: Tensor) -> Tens
         V: (h, d), bfloat16 or in 8 bits. There, what goes back through it has 16.
         Y: (h,), of any dtype.
     """
-    sizes, found = (len(Q), *V.shape), torch.zeros(len(Q), V.shape[1])
+    values = V.values if isinstance(V, Int8Rows) else V
+    sizes = len(Q), *V.shape
+    found = torch.zeros(len(Q), V.shape[1], dtype=torch.float32, device=values.device)
     Y = Y.float().contiguous()
     if isinstance(V, Int8Rows):
         arrays = Q.values.contiguous(), V.values, Y, V.scale

@@ -66,6 +66,7 @@ def _round_group(theta: Tensor, format: str) -> Tensor:
         scale = theta.abs().mean(-1, keepdim=True)
         return torch.where(theta < 0, -scale, scale)
     steps = 2 ** (BITS[format] - 1) - 1
-    largest = theta.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1) / steps
+    scale = theta.abs().amax(-1, keepdim=True) / steps
+    # Zero for a row of zeros, and where the dtype has no number so small.
+    scale = torch.where(scale > 0, scale, 1)
     return (theta / scale).round().clamp(-steps, steps) * scale

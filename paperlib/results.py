@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paperlib.grid import to_json
-from paperlib.replace_file import replace_file
+from paperlib.replace_file import replace_files
 from paperlib.store import Store
 
 if TYPE_CHECKING:
@@ -120,11 +120,20 @@ def read_store(path: str | os.PathLike | Store, *, version: str | None = None) -
 
 
 def save_table(table: pandas.DataFrame, path: str | os.PathLike) -> None:
-    """A table as a CSV file and, beside it in `<path minus .csv>.machine.json`, the machine."""
-    path = Path(path)
+    """A table as a CSV file and, beside it in `<path minus .csv>.machine.json`, the machine.
+
+    Both are replaced together: a program that saves as it goes and dies leaves what it had saved.
+    """
+    beside = json.dumps(machine(), indent=1) + "\n"
+    _replace_both(Path(path), table.to_csv(index=False).encode(), ".machine.json", beside)
+
+
+def _replace_both(path: Path, table: bytes, ending: str, beside: str) -> Path:
+    """Replace a table and what stands beside it under that ending; returns where that is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
-    path.with_suffix(".machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
+    other = path.with_suffix(ending)
+    replace_files(path.parent, {path.name: table, other.name: beside.encode()})
+    return other
 
 
 def export_results(
@@ -167,12 +176,8 @@ def export_results(
         "seconds": sum(record["seconds"] for record in records),
         "machines": [machines[name] for name in sorted(machines)],
     }
-    target = Path(csv_path)
-    beside = target.with_suffix(".provenance.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, text)
-    replace_file(beside, (json.dumps(provenance, indent=2) + "\n").encode())
-    return beside
+    beside = json.dumps(provenance, indent=2) + "\n"
+    return _replace_both(Path(csv_path), text, ".provenance.json", beside)
 
 
 def _public(error: str | None) -> str | None:

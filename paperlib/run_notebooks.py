@@ -95,7 +95,9 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
             ``NAME.failed.ipynb``, and an earlier executed copy stays.
     """
     clock = time.monotonic()
-    key = job.key()  # taken first: an edit made during the run must not pass for what was run
+    # Taken first: an edit made during the run must neither pass for what was run nor end it.
+    parameters = job.parameters()
+    key = job.key(parameters)
     job.executed.parent.mkdir(parents=True, exist_ok=True)
     job.figures.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PAPERLIB_PROGRESS": "0"}
@@ -109,7 +111,7 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
         options = {
             "input_path": str(job.notebook),
             "output_path": str(partial),
-            "parameters": job.parameters(),
+            "parameters": parameters,
             "kernel_name": "python3",
             "language": "python",
             "cwd": str(job.notebook.parent),  # where JupyterLab and nbval run it as well
@@ -137,7 +139,7 @@ def run(job: Job, *, quiet: bool = False, threads: int | None = None) -> None:
         record = {
             "notebook": job.name,
             "profile": job.profile,
-            "parameters": job.parameters(),
+            "parameters": parameters,
             "seconds": round(time.monotonic() - clock, 1),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": library_versions(),

@@ -12,8 +12,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
-import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from paperlib.block_height import LEAST_TILE_ROWS
+from paperlib.damaged_files import DAMAGED
 from paperlib.feature_map import FeatureMap
 from paperlib.replace_file import replace_file
 from paperlib.results import machine
@@ -35,12 +34,6 @@ from paperlib.streams import stream
 INTERVAL = 30.0
 
 FORMAT = 1
-
-# What reading a file raises that is not, or not wholly, what was written.
-DAMAGED = (
-    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, pickle.UnpicklingError, struct.error),
-)
 
 
 def fingerprint(theta: Tensor, **problem: Any) -> str:

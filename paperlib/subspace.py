@@ -202,9 +202,9 @@ def _orthonormal(model: FeatureMap, basis: Tensor, mean: Tensor | None) -> Tenso
             expected = f"({model.d}, k)" if shape else f"({model.d},)"
             raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
         check_finite(name, value)
-    columns = basis.double()
+    columns = basis.detach().double()
     if mean is not None:
-        columns = torch.cat([mean.double()[:, None], columns], dim=1)
+        columns = torch.cat([mean.detach().double()[:, None], columns], dim=1)
     if columns.shape[1] > model.d:
         raise ValueError(
             f"a subspace of dimension d = {model.d} has at most that many directions, "

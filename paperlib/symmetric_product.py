@@ -29,7 +29,9 @@ BLOCK, TILES, SIDE = 32, 2, 16
 
 def takes(A: Tensor, B: Tensor) -> bool:
     """Whether the kernel multiplies A^T B, both (h, d)."""
-    if A.device.type != "cpu" or A.dtype != B.dtype or A.dtype not in FORMATS:
+    if A.device.type != "cpu" or B.device != A.device:
+        return False
+    if A.dtype != B.dtype or A.dtype not in FORMATS:
         return False
     if A.shape[1] < LEAST_COLUMNS or not (A.is_contiguous() and B.is_contiguous()):
         return False
@@ -52,7 +54,17 @@ class SymmetricSum:
         self.parts: _Blocks | _Bands | None = None
 
     def add(self, A: Tensor, B: Tensor) -> None:
-        """Add A^T B, both (h, d)."""
+        """Add A^T B, both (h, d).
+
+        Raises:
+            ValueError: for factors of another shape, or that the kernel does not multiply though it
+                has multiplied the first.
+        """
+        if A.ndim != 2 or A.shape != B.shape or A.shape[1] != self.d:
+            raise ValueError(
+                f"expected A and B of one shape (h, {self.d}), "
+                f"got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
         if self.parts is None:
             kind = _Blocks if takes(A, B) else _Bands
             self.parts = kind(self.d, device=self.device)
@@ -97,10 +109,18 @@ class _Blocks:
 
     def __init__(self, d: int, *, device: torch.device):
         self.d, self.blocks = d, -(-d // BLOCK)
-        self.rows, self.columns = torch.triu_indices(self.blocks, self.blocks)
+        self.rows, self.columns = torch.triu_indices(self.blocks, self.blocks, device=device)
         self.sum = LongSum(len(self.rows), TILES, TILES, SIDE, SIDE, device=device)
 
     def add(self, A: Tensor, B: Tensor) -> None:
+        A, B = A.contiguous(), B.contiguous()
+        if not takes(A, B):
+            raise ValueError(
+                "expected A and B that the kernel multiplies, as it did the first: both float32 "
+                f"or both bfloat16, on the cpu, without derivatives; got {A.dtype} on {A.device} "
+                f"and {B.dtype} on {B.device}, of which {A.requires_grad + B.requires_grad} "
+                "require derivatives"
+            )
         with self.sum.adding(len(A), torch.float32) as out:
             call(SOURCE, _name(A.dtype), A, B, out, *A.shape)
 

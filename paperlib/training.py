@@ -188,7 +188,7 @@ def train_last_layer(
     options = _options(chosen, "last", target, max_steps, momentum, step_scale)
     if theta_0 is None:
         theta_0 = torch.zeros(outputs, model.p, dtype=model.dtype, device=model.device)
-    check_rows("theta_0", theta_0, model, rows=outputs, columns=model.p)
+    theta_0 = check_rows("theta_0", theta_0, model, rows=outputs, columns=model.p).detach()
     theta, trace = _descend_in_span(chosen, model.features(X), targets, theta_0, progress, options)
     return _record(model, theta - theta_0, X, trace, 0.0, options)
 

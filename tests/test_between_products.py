@@ -1,5 +1,9 @@
 """What lies between the two products, against the formulas in float64."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -136,6 +140,38 @@ def test_nothing_goes_back_as_zeros():
     assert isinstance(W, Int8Rows)
     assert torch.equal(W.values, torch.zeros(3, 40, dtype=torch.int8))
     assert bool((W.scale > 0).all()) and torch.equal(Ha, torch.zeros(2))
+
+
+@pytest.mark.skipif(not OLDER, reason="needs a CPU with AVX-512")
+@pytest.mark.parametrize("lacks", ["bw", "dq", "vl", "bw dq vl"])
+def test_the_first_processors_with_avx512_had_no_more_of_it_than_f(lacks, compile_with):
+    compile_with(" ".join(f"-mno-avx512{part}" for part in lacks.split()))
+    arrays = problem(3, 37, torch.float32)
+    assert between_products.takes(*arrays[:2], 1)
+    W, Ha = between_products.turn(*arrays)
+    expected_W, expected_Ha = exact(*arrays)
+    close(W, expected_W, 1e-6)
+    close(Ha, expected_Ha, 2e-6)
+
+
+# More than a processor can address.
+TOO_MUCH = {
+    "between_products.cpp": "call(source, 'turn_float32', a, a, 0, a, 0, a, a, 0.0, None, "
+    "0, 0, 2**45, a, a, a)",
+    "few_rows.cpp": "call(source, 'project_float32', a, a, a, 2**46, 1, 1)",
+}
+
+
+@pytest.mark.parametrize("source", TOO_MUCH)
+def test_without_memory_a_kernel_says_so_and_ends(source):
+    """Nothing is written to where there is none."""
+    program = (
+        "import torch; from paperlib.compiled import call, library\n"
+        f"a, source = torch.ones(100), {source!r}; library(source)\n{TOO_MUCH[source]}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    assert "paperlib: no memory for 281474976710656 bytes" in done.stderr
 
 
 def test_it_takes_nothing_where_its_own_source_does_not_compile(monkeypatch):

@@ -74,7 +74,11 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:300])
     (tmp_path / "text.pt").write_text("weights")
     (tmp_path / "text.safetensors").write_text("weights, but not in the right format")
-    for name in ("empty.pt", "cut.pt", "text.pt", "text.safetensors"):
+    (tmp_path / "table.pt").write_bytes(b"accuracy,loss\n")  # an IndexError of the unpickler
+    (tmp_path / "int.pt").write_bytes(b"J12")  # a struct.error
+    (tmp_path / "protocol.pt").write_bytes(b"\x80\x02\x8a\x0a")
+    (tmp_path / "zip.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-30])
+    for name in [path.name for path in tmp_path.iterdir() if path.name != "whole.pt"]:
         with pytest.raises(ValueError, match=name):
             load_state_dict(tmp_path / name)
 

@@ -1,18 +1,21 @@
 """Compiling on the user's machine: kept, switched off, missing, failing."""
 
+import os
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from paperlib import compiled, few_rows
+from paperlib import compiled, few_rows, gaussian_draws
 from paperlib.compiled import cache_folder, library
 
 SOURCE = few_rows.SOURCE
+SMALL = gaussian_draws.SOURCE  # compiles in less time
 SOURCES = sorted(Path(compiled.__file__).parent.glob("*.cpp"))
 
 needs_compiler = pytest.mark.skipif(
@@ -81,22 +84,141 @@ def test_what_a_header_says_is_compiled_anew(monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_a_compiler_that_is_replaced_compiles_anew(monkeypatch, tmp_path):
+    """At the same place: by its size, its time, or the program that a link leads to."""
+    text = f'exec {compiled._compiler()[0]} "$@"'
+    for name in ("one", "other"):
+        script(tmp_path / name, text)
+        os.utime(tmp_path / name, ns=(0, 0))
+    link = tmp_path / "link"
+    link.symlink_to("one")
+    monkeypatch.setenv("CXX", str(link))
+
+    def files():
+        library.cache_clear()
+        assert library(SMALL).draw
+        return len(list(cache_folder().iterdir()))
+
+    assert files() == files() == 1
+    link.unlink()
+    link.symlink_to("other")
+    assert files() == 2
+    os.utime(tmp_path / "other", ns=(0, 1))
+    assert files() == 3
+    script(tmp_path / "other", text + " ")
+    os.utime(tmp_path / "other", ns=(0, 1))
+    assert files() == 4
+
+
+@needs_compiler
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert library(SOURCE).project_float32
 
 
+def loads(monkeypatch, *, refused):
+    """The folders from which files were loaded, those of a name refused, as without `exec`."""
+    load, folders = compiled.ctypes.CDLL, []
+
+    def recorded(path):
+        name = Path(path).parent.name
+        folders.append(name.split("-")[0])
+        if name.startswith(refused):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(compiled.ctypes, "CDLL", recorded)
+    return folders
+
+
 @needs_compiler
-def test_a_broken_file_in_the_cache_is_made_again():
+def test_what_is_fresh_is_loaded_from_the_cache(monkeypatch):
+    """Nothing runs from temporary files where they are mounted without `exec`."""
+    folders = loads(monkeypatch, refused="paperlib-")
+    assert library(SMALL).draw
+    assert folders == ["paperlib", "paperlib"]  # not there yet, and there
+
+
+@needs_compiler
+def test_where_nothing_runs_from_the_cache_what_is_fresh_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path / "kept")
+    folders = loads(monkeypatch, refused="kept")
+    assert library(SMALL).draw
+    assert folders == ["kept", "kept", "paperlib"]
+
+
+@pytest.fixture
+def homeless(monkeypatch, tmp_path):
+    """A user of whom no home is known, as in a container; the folder for temporary files."""
+
+    def expanduser(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@needs_compiler
+def test_without_a_home_files_are_kept_among_temporary_ones(homeless):
+    assert library(SMALL).draw
+    folder = homeless / f"paperlib-{os.getuid()}"
+    assert cache_folder() == folder and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["for all", "link", "other's"])
+def test_a_temporary_folder_that_others_can_write_to_is_not_used(homeless, kind, monkeypatch):
+    folder, elsewhere = homeless / f"paperlib-{os.getuid()}", homeless / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "link":
+        folder.symlink_to(elsewhere)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if kind == "for all" else 0o755)
+    if kind == "other's":
+        uid = os.getuid() + 1
+        folder.rename(homeless / f"paperlib-{uid}")
+        monkeypatch.setattr(os, "getuid", lambda: uid)
+    with pytest.raises(PermissionError, match="to be a folder that only this user can write to"):
+        cache_folder()
+    assert library(SMALL).draw
+    assert not list(homeless.glob("**/*.so"))
+
+
+@needs_compiler
+def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(monkeypatch, tmp_path):
+    def refuse(path, **options):
+        raise OSError(f"still in use: {path}")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "rmdir", refuse)
+    assert library(SMALL).draw
+
+
+def test_without_a_temporary_folder_it_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", script(tmp_path / "mine", "exit 1"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.warns(RuntimeWarning, match="(?s)could not compile few_rows.cpp.*missing"):
+        assert library(SOURCE) is None
+
+
+@needs_compiler
+def test_a_broken_file_in_the_cache_is_made_again(monkeypatch, tmp_path):
     library(SOURCE)
-    (kept,) = cache_folder().iterdir()
+    (whole,) = cache_folder().iterdir()
     library.cache_clear()
-    whole = kept.read_bytes()
-    kept.unlink()
-    kept.write_bytes(whole[:100])
+    # In a folder of its own: this process has loaded the other.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    kept = cache_folder() / whole.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(whole.read_bytes()[:100])
     assert library(SOURCE).project_float32
-    assert kept.stat().st_size == len(whole)
+    assert kept.stat().st_size == whole.stat().st_size
 
 
 def test_it_can_be_switched_off(monkeypatch):
@@ -119,6 +241,13 @@ def test_the_named_compiler_is_used(monkeypatch, tmp_path):
     with pytest.warns(RuntimeWarning, match="mine -Dx could not compile few_rows.cpp"):
         assert library(SOURCE) is None
     assert seen.read_text().startswith("-Dx -std=c++17")
+
+
+def test_a_compiler_may_say_anything(monkeypatch, tmp_path):
+    """In whatever encoding."""
+    monkeypatch.setenv("CXX", script(tmp_path / "bad", r"printf 'no \351\377 option' >&2; exit 3"))
+    with pytest.warns(RuntimeWarning, match="(?s)could not compile.*no \ufffd+ option"):
+        assert library(SOURCE) is None
 
 
 def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):

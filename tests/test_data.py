@@ -13,6 +13,7 @@ from paperlib.data import (
     photographs,
     sphere,
 )
+from paperlib.data.dataset import DataSet
 from paperlib.data.photographs import SPLITS, SUBJECTS, _photograph
 from paperlib.data.selection import ClassPool, Item, choose
 
@@ -150,6 +151,22 @@ def test_samples_that_cannot_be_shown_are_refused(samples, index, message):
         digits(4).images(samples, index=index)
 
 
+def test_pictures_made_by_hand_have_one_contrast():
+    data = digits(4)
+    alike = DataSet(
+        X=data.X,
+        y=data.y,
+        class_index=data.class_index,
+        class_names=data.class_names,
+        names=data.names,
+        image_shape=data.image_shape,
+    )
+    images = alike.images()
+    rows = np.clip(data.X.numpy().astype(np.float64), 0, 1)
+    np.testing.assert_array_equal(images, rows.reshape(4, 8, 8))
+    np.testing.assert_array_equal(alike.images(data.X[[2, 0]], index=[2, -1]), images[[2, 0]])
+
+
 def test_vectors_are_no_pictures():
     with pytest.raises(ValueError, match="vectors, not pictures"):
         sphere(3, 10).images()
@@ -243,6 +260,13 @@ def test_faces_know_what_a_face_is():
         assert name.startswith("face" if y > 0 else "background")
     alone = faces(100, faces_only=True)
     assert all(name.startswith("face") for name in alone.names) and int(alone.y.sum()) == 0
+
+
+def test_seeds_that_the_generator_cannot_tell_apart_are_refused():
+    assert not torch.equal(sphere(3, 10, 2**32 - 1).X, sphere(3, 10, 0).X)
+    for seed in (2**32, 2**70):
+        with pytest.raises(ValueError, match=rf"seed must be .* below 2\^32, got {seed}"):
+            sphere(3, 10, seed)
 
 
 def test_sphere_follows_its_definition():

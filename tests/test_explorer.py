@@ -1,3 +1,4 @@
+import contextlib
 import re
 import threading
 
@@ -71,6 +72,57 @@ def test_a_live_run_is_stopped_and_keeps_what_it_found(paused):
     run.join(20)
     assert run.state == "stopped" and run.record is None
     assert 2 <= len(run.frames.losses) <= 4
+
+
+def test_a_run_that_ends_while_it_is_being_paused_has_ended():
+    ended, record = threading.Event(), pl.reconstruct(*easy(), progress=False)
+    run = LiveRun(lambda callback: record if ended.wait(20) else None)
+
+    class Meanwhile(threading.Event):
+        def clear(self):
+            super().clear()
+            ended.set()
+            run._thread.join(0.5)  # what the run does between the test and the change of the state
+
+    run._go = Meanwhile()
+    run.start()
+    run.pause()
+    run.join(60)
+    assert run.state == "done" and not run.alive
+
+
+def test_two_who_start_a_run_at_once_start_it_once():
+    run, refused = LiveRun(Steps(0)), []
+    free = threading.Barrier(2)
+
+    class Watched(LiveRun):
+        @property
+        def state(self):
+            seen = self.__dict__["state"]
+            if threading.current_thread() in both:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    free.wait(0.3)  # both have seen the state before either goes on
+            return seen
+
+        @state.setter
+        def state(self, value):
+            self.__dict__["state"] = value
+
+    def start():
+        try:
+            run.start()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    both = [threading.Thread(target=start) for _ in range(2)]
+    run.__class__ = Watched
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(20)
+    assert refused == ["a run begins once: this one is running"]
+    run.join(60)
+    assert run.state == "done"
 
 
 def test_an_error_in_a_live_run_is_kept_in_words():
@@ -200,3 +252,19 @@ def test_an_explorer_without_a_stored_run_is_refused():
 
     with pytest.raises(ValueError, match="at least one stored run"):
         Explorer([])
+
+
+def test_files_of_something_else_are_no_stored_runs(tmp_path):
+    pytest.importorskip("ipywidgets")
+    from paperlib.notebook_explorer import Explorer
+
+    frames = pl.Frames()
+    frames("bulk", 1.0, torch.ones(2, 64))
+    frames.save(tmp_path / "other.npz", about={"pictures": 3})
+    with pytest.raises(ValueError, match=r"other.npz holds no run .* of dataset, n, .*'pictures'"):
+        Explorer([tmp_path / "other.npz"])
+    (tmp_path / "empty.npz").touch()
+    with pytest.raises(ValueError, match=r"empty\.npz is damaged"):
+        Explorer([tmp_path / "empty.npz"])
+    with pytest.raises(FileNotFoundError):
+        Explorer([tmp_path / "nothing.npz"])

@@ -14,6 +14,8 @@ AVAILABLE = [dtype for dtype in TOLERANCES if few_rows.available(dtype)]
 
 # What an older processor would compile.
 OLDER = [("-mno-avx512f", torch.float32)] if fast_kernels(torch.device("cpu")) else []
+# The first processors with AVX-512 had no more of it than F, and compile the same.
+FIRST = "-mno-avx512bw -mno-avx512dq -mno-avx512vl"
 
 # float32 on matrix units.
 IN_PARTS = [("in parts", torch.float32)] if few_rows.matrix_units.available() else []
@@ -44,11 +46,15 @@ def dtype(request, compile_with, monkeypatch):
     return dtype
 
 
-def test_older_processors_multiply_float32_alone(compile_with):
-    for flags, dtype in OLDER:
-        compile_with(flags)
-        assert few_rows.available(dtype)
-        assert not few_rows.available(torch.bfloat16) and not few_rows.available(torch.int8)
+@pytest.mark.skipif(not OLDER, reason="needs a CPU with AVX-512")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", FIRST])
+def test_older_processors_multiply_float32_alone(flags, compile_with):
+    A, W, V = factors(torch.float32, 7, 30, 20)
+    compile_with(flags)
+    assert few_rows.available(torch.float32)
+    assert not few_rows.has(SOURCE, "project_bfloat16") and not few_rows.has(SOURCE, "project_int8")
+    assert error(few_rows.project(A, V), A.double() @ V.double().T) < 1e-6
+    assert error(few_rows.combine(W, V), W.double() @ V.double()) < 1e-6
 
 
 def random(dtype, *shape, seed=0):
@@ -163,6 +169,21 @@ def test_whole_numbers_are_multiplied_exactly_however_one_sided_they_are():
     A = torch.full((2, 3000), 127, dtype=torch.int8)
     assert torch.equal(few_rows.project(A, V).double(), A.double() @ V.double().T)
     assert torch.equal(few_rows.combine(A, V).double(), A.double() @ V.double())
+
+
+def test_left_factors_of_other_columns_are_refused(dtype):
+    """They would be read beyond their end."""
+    A, W, V = factors(dtype, 5, 300, 200)
+    for columns in (199, 201):
+        with pytest.raises(ValueError, match=rf"A of shape \(m, 200\), got \(5, {columns}\)"):
+            few_rows.project(random(dtype, 5, columns), V)
+    for columns in (299, 301):
+        with pytest.raises(ValueError, match=rf"W of shape \(m, 300\), got \(5, {columns}\)"):
+            few_rows.combine(random(dtype, 5, columns), V)
+    with pytest.raises(ValueError, match=r"A of shape \(m, 200\), got \(200,\)"):
+        few_rows.project(A[0], V)
+    with pytest.raises(ValueError, match=r"W of shape \(m, 300\), got \(300,\)"):
+        few_rows.combine(W[0], V)
 
 
 def test_left_factors_may_lie_anyhow(dtype):

@@ -59,6 +59,47 @@ def test_what_cannot_be_stored_is_refused(tmp_path):
         pl.Frames(most=3)
 
 
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    whole = course(6).save(tmp_path / "whole.npz", about={}).read_bytes()
+    files = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "short": whole[:100],
+        "turned": whole[:60] + bytes(255 - b for b in whole[60:90]) + whole[90:],
+        "text": b"accuracy,loss\n",
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    np.save(tmp_path / "array.npy", np.ones(3))
+    for path in [f"{name}.npz" for name in files] + ["array.npy"]:
+        with pytest.raises(ValueError, match=f"{path} is damaged, or no file of Frames.save"):
+            pl.Frames.load(tmp_path / path)
+    with pytest.raises(FileNotFoundError):
+        pl.Frames.load(tmp_path / "nothing.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": np.array([4, 99])}, "RuntimeError"),
+        ({"steps": np.array([1, 7])}, "steps must lie between 1 and 2, got 7"),
+        ({"steps": np.array([0, 1])}, "steps must lie between 1 and 2, got 0"),
+        ({"stages": np.array(["bulk"])}, "IndexError"),
+        ({"steps": np.array(1)}, "TypeError"),
+        ({"samples": np.array(["a"])}, "TypeError"),
+        ({"about": "{"}, "JSONDecodeError"),
+        ({"about": "[]"}, "about must be a dictionary, got list"),
+    ],
+)
+def test_frames_that_do_not_fit_together_are_refused(tmp_path, change, message):
+    path = course(2).save(tmp_path / "run.npz", about={})
+    with np.load(path) as stored:
+        values = dict(stored)
+    np.savez(path, **values | change)
+    with pytest.raises(ValueError, match=rf"(?s)run\.npz holds frames that do not .*{message}"):
+        pl.Frames.load(path)
+
+
 def test_reconstruct_calls_frames():
     data = pl.digits(3)
     model = pl.RandomFeatures(data.d, 6 * data.d * data.n, "relu")

@@ -86,6 +86,18 @@ def test_a_torch_that_draws_otherwise_is_followed(monkeypatch):
         gaussian_draws.available.cache_clear()
 
 
+@needs_kernel
+def test_the_kernel_is_found_whatever_torch_makes_by_default():
+    gaussian_draws.available.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert gaussian_draws.available()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        gaussian_draws.available.cache_clear()
+
+
 def test_without_a_compiler_v_is_the_same(monkeypatch):
     model = paperlib.RandomFeatures(20, 2500, seed=4)
     monkeypatch.setattr(gaussian_draws, "available", lambda: False)

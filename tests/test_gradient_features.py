@@ -1,5 +1,6 @@
 """Gradient features against closed forms and dense autograd, in float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,6 +127,58 @@ def test_smoothing_replaces_every_relu_and_keeps_the_original():
     assert type(smooth_relus(nn.ReLU(), 5.0)).__name__ == "SmoothReLU"
 
 
+def test_smoothing_replaces_one_relu_in_all_its_places():
+    act = nn.ReLU()
+    block = nn.Sequential(nn.Linear(3, 3), act)
+    smooth = smooth_relus(nn.Sequential(nn.Linear(3, 3), act, nn.Sequential(block, block)), 2.0)
+    places = [type(part).__name__ for _, part in smooth.named_modules(remove_duplicate=False)]
+    assert places.count("SmoothReLU") == 3 and "ReLU" not in places
+
+
+class NestedReLU(nn.ReLU):
+    """A ReLU that holds another, two levels down."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.ReLU())
+
+
+def test_smoothing_a_relu_that_holds_another():
+    smooth = smooth_relus(nn.Sequential(nn.Linear(3, 3), NestedReLU()), 2.0)
+    assert [type(part).__name__ for part in smooth] == ["Linear", "SmoothReLU"]
+
+
+class Scaled(nn.Module):
+    """A parameter that is one number, of no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scale = two_layer(), nn.Parameter(torch.tensor(2.0).double())
+
+    def forward(self, X):
+        return self.scale * self.body(X)
+
+
+def test_a_parameter_that_is_one_number_has_a_gradient():
+    network, X = Scaled(), points()
+    features = GradientFeatures(network, D)
+    one = torch.ones(1, dtype=torch.float64)
+    Phi = torch.stack([dense_gradient(network, x, one).detach() for x in X])
+    torch.testing.assert_close(features.features(X), Phi)
+
+
+def test_the_statistics_of_the_caller_s_network_stay():
+    network = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 1)).double().train()
+    with pytest.raises(ValueError):
+        GradientFeatures(network, D)
+    assert int(network[0].num_batches_tracked) == 0
+    assert bool((network[0].running_var == 1).all())
+
+
+def test_a_numpy_number_is_an_input_shape():
+    assert GradientFeatures(two_layer(), np.int64(D)).input_shape == (D,)
+
+
 def test_a_linearised_network_moves_in_the_span_and_fits():
     network, X = two_layer(width=30), points()
     features = GradientFeatures(network, D)
@@ -203,6 +256,12 @@ def test_small_memory_differentiates_in_chunks():
     [
         (lambda: GradientFeatures(3, D), TypeError, "module must be a torch.nn.Module, got int"),
         (lambda: GradientFeatures(nn.ReLU(), D), ValueError, "ReLU has no parameters"),
+        (
+            lambda: GradientFeatures(two_layer(), D + 1),
+            ValueError,
+            r"TwoLayer does not take real inputs of shape \(7\): ",
+        ),
+        (lambda: GradientFeatures(two_layer(), 0), ValueError, "input_shape must be at least 1"),
         (lambda: GradientFeatures(deep(), D), ValueError, "2 outputs: pass weights=, 2 numbers"),
         (lambda: GradientFeatures(deep(), D, weights=[1.0]), ValueError, "must be 2 numbers"),
         (lambda: GradientFeatures(deep(), D, weights=[0, 0]), ValueError, "not all be zero"),

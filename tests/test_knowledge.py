@@ -117,6 +117,23 @@ def test_the_record_tells_of_the_lifted_attempt(monkeypatch):
     assert found.seconds == 2 * true.seconds + last["seconds"]
 
 
+def test_the_lifted_attempt_follows_one_by_messages():
+    """Which need all features, and refuse the lifted ones."""
+    data = sphere(6, 32, seed=0)
+    model = RandomFeatures(32, 4 + 5 * 32 * 2, seed=0)
+    theta = fit_min_norm(model, data.X, data.y)
+    options = {"restarts": 1, "max_steps": 1, "progress": False}
+    record = reconstruct_unknown(model, theta, 2, data.X[2:], start="messages", **options)
+    assert not record.explained and "finish" in [stage["stage"] for stage in record.stages]
+
+
+def test_known_samples_that_are_being_optimised_are_taken_as_they_are(model):
+    known = sphere(M, D, seed=4, dtype=DOUBLE).X
+    rest = WithoutKnown(model, known.clone().requires_grad_())
+    assert not rest.projected_off.requires_grad
+    assert torch.equal(rest.projected_off, WithoutKnown(model, known).projected_off)
+
+
 def test_known_samples_are_projected_off_in_low_precision_too():
     model = RandomFeatures(D, P, seed=1)
     rest = WithoutKnown(model, sphere(M, D, seed=4).X)

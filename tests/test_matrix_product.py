@@ -84,6 +84,30 @@ def test_kernels_are_made_where_they_pay_and_only_there(monkeypatch):
     assert kernel(A, V) is None
 
 
+@pytest.mark.skipif(
+    matrix_product._onednn_linear() is None, reason="needs a torch whose oneDNN works"
+)
+def test_onednn_is_found_whatever_torch_makes_by_default():
+    matrix_product._onednn_linear.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert matrix_product._onednn_linear() is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+        matrix_product._onednn_linear.cache_clear()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_of_other_columns_are_refused(shape):
+    """By the kernels and by the libraries alike."""
+    A, W, V = factors(*shape)
+    for left, multiply in ((A, project), (W, combine)):
+        for wrong in (left[:, 1:].contiguous(), torch.cat([left, left[:, :1]], 1)):
+            with pytest.raises((ValueError, RuntimeError)):
+                multiply(wrong, V)
+
+
 def test_a_build_without_onednn_multiplies_too(monkeypatch):
     A, W, V = factors(*SHAPES[2])
     monkeypatch.setattr(matrix_product, "_onednn_linear", lambda: None)

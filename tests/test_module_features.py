@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -257,6 +258,22 @@ class Sizes(nn.Module):
 def test_modules_that_are_no_feature_map_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         ModuleFeatures(make(), 6, dtype=torch.float64)
+
+
+def test_a_module_of_one_number_a_row_has_one_feature():
+    model = ModuleFeatures(Sizes(lambda x: x.square().sum(1)), 6, dtype=torch.float64)
+    X = points(5, 6, seed=1)
+    assert model.p == 1
+    torch.testing.assert_close(model.features(X), X.square().sum(1)[:, None])
+    torch.testing.assert_close(model.vjp(X, torch.ones(5, 1, dtype=X.dtype)), 2 * X)
+
+
+def test_input_shapes_are_whole_numbers_of_any_library():
+    for shape in (np.int64(6), [np.int32(6)], torch.Size([6])):
+        assert ModuleFeatures(nn.Linear(6, 3), shape).input_shape == (6,)
+    for shape, got in ((6.0, "6.0"), (None, "None"), ((6, True), "True")):
+        with pytest.raises(TypeError, match=f"input_shape must be a whole number, got {got}"):
+            ModuleFeatures(nn.Linear(6, 3), shape)
 
 
 @pytest.mark.parametrize("outer", [torch.no_grad, torch.enable_grad])

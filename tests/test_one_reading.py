@@ -1,14 +1,18 @@
 """A Gauss-Newton product in one reading of V, on matrix units, against the formulas in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import paperlib
-from paperlib import between_products, few_rows, matrix_units, one_reading
+from paperlib import between_products, compiled, few_rows, matrix_units, one_reading
 from paperlib.between_products import Given, TwoSlopes
 from paperlib.int8 import Int8Rows
 from paperlib.lift import Lift
 from paperlib.memory import INPUTS, NOTHING, PRODUCTS
+from paperlib.normal_product import NormalProduct
 from paperlib.outlying_directions import SecondMoment
 from paperlib.projection import Linearization
 
@@ -105,6 +109,69 @@ def test_sums_in_float64_are_added_to_as_well(dtype):
         torch.testing.assert_close(found.float(), exact, rtol=1e-5, atol=1e-4)
 
 
+def by_columns(array):
+    """The same numbers, in memory column after column."""
+    return array.T.contiguous().T
+
+
+@pytest.mark.parametrize("sums", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_sums_may_lie_column_after_column(dtype, sums):
+    problem = Problem(dtype, 5, 200, 300)
+    HX, Ha = by_columns(torch.ones(6, 300, dtype=sums)), torch.ones(5, 3, dtype=sums)
+    one_reading.add_product(
+        problem.A, problem.V, problem.activations, *problem.numbers, HX, Ha[:, 1:2],
+        linear=problem.linear,
+    )  # fmt: skip
+    close(HX - 1, problem.HX, TOLERANCES[dtype])
+    close(Ha[:, 1:2] - 1, problem.Ha, 1e-4)
+    assert torch.equal(Ha[:, ::2], torch.ones(5, 2, dtype=sums))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_takes_samples_column_after_column(dtype):
+    X, V, _ = passes(dtype, 5, 200, 300)
+    expected = one_reading.forward(X, V, -0.25, 0.75)
+    found = one_reading.forward(by_columns(X), V, -0.25, 0.75)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_step_may_lie_column_after_column(dtype):
+    model = paperlib.RandomFeatures(1024, 9000, seed=1)
+    theta, X = randn(1, 9000), paperlib.sphere(4, 1024, seed=2).X
+    exact = torch.float32 if dtype == torch.int8 else dtype
+    point = Linearization(
+        model, theta, X, dtype=exact, curvature_dtype=dtype, curvature=True, keep=INPUTS
+    )
+    dX, da = randn(4, 1024, seed=3), randn(4, 1, seed=4)
+    expected = point.product(dX, da, None)
+    for found, part in zip(point.product(by_columns(dX), da, None), expected, strict=True):
+        assert (found is None and part is None) or torch.equal(found, part)
+    sums = NormalProduct(da, by_columns(dX), by_columns(da), None, dtype=exact)
+    assert sums.HX.is_contiguous() and sums.Ha.is_contiguous()  # added to as they lie
+
+
+MANY_THREADS = """
+import torch
+from paperlib import few_rows, matrix_units, one_reading
+matrix_units.available()
+torch.set_num_threads(1100)
+for dtype in (torch.bfloat16, torch.float32):
+    V = torch.ones(1100 * 32, 64, dtype=dtype)
+    found = [one_reading.second_moment(V[:3], V, torch.ones(len(V)))]
+    if dtype == torch.bfloat16:
+        found.append(few_rows.combine(torch.ones(3, len(V), dtype=dtype), V) * 64)
+    print(all(bool((sums == 64 * len(V)).all()) for sums in found))
+"""
+
+
+def test_there_may_be_more_than_a_thousand_threads():
+    """In a process of its own: threads stay with the one that made them."""
+    done = subprocess.run([sys.executable, "-c", MANY_THREADS], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], (done.returncode, done.stderr)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_threads_share_the_rows(dtype, threads):
@@ -148,6 +215,20 @@ def test_it_takes_what_its_two_products_take(monkeypatch):
         monkeypatch.undo()
         few_rows.available.cache_clear()
         monkeypatch.setattr(few_rows, "WORTHWHILE", 0)
+
+
+def test_it_takes_nothing_where_its_own_source_does_not_compile(monkeypatch):
+    """The other sources do: the products are theirs then."""
+    library = compiled.library
+    monkeypatch.setattr(
+        compiled, "library", lambda name: None if name == one_reading.SOURCE else library(name)
+    )
+    for dtype in TOLERANCES:
+        problem = Problem(dtype, 5, 3000, 512)
+        values = (x.values if dtype == torch.int8 else x for x in (problem.A, problem.V))
+        assert few_rows.takes(*values)
+        assert not one_reading.takes_pass(problem.A, problem.V)
+        assert not one_reading.takes(problem.A, problem.V, problem.activations, 1)
 
 
 def test_float32_goes_in_parts_and_only_few_rows_of_it():
@@ -201,6 +282,25 @@ def test_second_moment_weighs_the_rows_of_v(shape, dtype):
     # 16 bits go back through V in 8, and 8 in bfloat16.
     tolerance = 5e-4 if dtype == torch.int8 else TOLERANCES[dtype]
     close(one_reading.second_moment(Q, V, Y), exact, tolerance)
+
+
+@pytest.fixture
+def double_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_second_moment_is_float32_whatever_torch_makes_by_default(dtype, double_by_default):
+    A = [randn(k, 100, seed=k).float() for k in (3, 200)]
+    Q, V = (Int8Rows.of(a) if dtype == torch.int8 else a.to(dtype) for a in A)
+    Y = randn(200, seed=2).float()
+    with torch.device("meta"):
+        found = one_reading.second_moment(Q, V, Y)
+    assert found.dtype == torch.float32 and found.device.type == "cpu"
+    wide = [a.float().double() for a in (Q, V)]
+    close(found, (wide[0] @ wide[1].T * Y) @ wide[1], 4e-3)
 
 
 def test_second_moment_of_nothing_is_zero():

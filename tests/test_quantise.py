@@ -84,6 +84,15 @@ def test_rows_of_zeros_stay():
         assert not bool(quantise(torch.zeros(2, 5), name).any())
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_smallest_numbers_have_no_scale_and_become_zero(name, dtype):
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    theta = torch.tensor([[0.0, least, -least], [0.0, 1.0, -1.0]], dtype=dtype)
+    assert bool(theta[0].any())
+    assert quantise(theta, name).tolist() == [[0, 0, 0], [0, 1, -1]]
+
+
 @pytest.mark.parametrize(
     ("theta", "options", "error", "message"),
     [

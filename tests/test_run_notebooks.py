@@ -17,6 +17,7 @@ from paperlib.notebook_source import (
 )
 from paperlib.replace_file import replace_file
 from paperlib.run_notebooks import check, find_jobs, main
+from paperlib.run_notebooks import run as run_notebook
 
 DRAW = """
 import os, pathlib
@@ -169,6 +170,43 @@ def test_what_makes_a_notebook_run_again(root):
     notebook.cells[-1].outputs = [nbformat.v4.new_output("stream", text="5\n")]
     nbformat.write(notebook, job.notebook)
     assert job.is_up_to_date()
+
+
+def test_a_change_of_compiled_code_makes_a_notebook_run_again(root):
+    (root / "package/deeper").mkdir()
+    keys = [Job(root, "quick", "a").key()]
+    for name in ("solver.cpp", "deeper/lanes.h"):
+        (root / "package" / name).write_text("// one")
+        keys.append(Job(root, "quick", "a").key())
+        (root / "package" / name).write_text("// two")
+        keys.append(Job(root, "quick", "a").key())
+    (root / "package/solver.so").write_bytes(b"compiled from the others")
+    assert len(set(keys)) == 5 and Job(root, "quick", "a").key() == keys[-1]
+
+
+def test_a_change_of_a_stored_run_makes_the_notebook_that_shows_it_run_again(root):
+    write_notebook(root / "notebooks/b.ipynb", parameters='stored = ["stored_runs/one.npz"]')
+    path = root / "notebooks/stored_runs/one.npz"
+    path.parent.mkdir()
+    path.write_bytes(b"a run")
+    a, b = (Job(root, "quick", name) for name in "ab")
+    before = a.key(), b.key()
+    path.write_bytes(b"another run")
+    assert a.key() == before[0] and b.key() != before[1]
+
+
+@pytest.mark.parametrize("edited", ["n: 6", "n: ["])
+def test_parameters_edited_during_a_run_are_not_those_of_the_run(root, edited):
+    path = parameter_file(root, "n: 5")
+    edit = f"import pathlib\npathlib.Path({str(path)!r}).write_text({edited!r})"
+    write_notebook(root / "notebooks/a.ipynb", edit, "print(n)", parameters=PARAMETERS)
+    job = Job(root, "laptop", "a")
+    key = job.key()
+    run_notebook(job, quiet=True)
+    record = json.loads(job.record.read_text())
+    assert printed(job.executed) == "5\n"
+    assert record["parameters"] == {"n": 5} and record["key"] == key
+    assert not job.is_up_to_date()
 
 
 def test_in_place_writes_clean_outputs(root, capsys):

@@ -317,6 +317,29 @@ def test_a_table_is_saved_with_its_machine_beside_it(tmp_path):
     assert sorted(os.listdir(tmp_path / "new")) == ["growth.csv", "growth.machine.json"]
 
 
+@pytest.mark.parametrize("export", [False, True])
+def test_a_table_that_cannot_be_replaced_stays(filled, tmp_path, monkeypatch, export):
+    def save(rows):
+        if export:
+            return export_results(filled, tmp_path / "half.csv")
+        return save_table(pd.DataFrame({"n": rows}), tmp_path / "half.csv")
+
+    save([1])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    written = []
+
+    def full_disk(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:  # the first file is whole, but not yet in place
+            raise OSError("no space left on device")
+
+    sweep(half, GRID[:1], store=filled, client=False, progress=False, version="2")
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save([1, 2])
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
 def test_export_holds_results_and_where_they_come_from(filled, tmp_path):
     beside = export_results(filled, tmp_path / "out" / "half.csv")
     text = (tmp_path / "out" / "half.csv").read_text()

@@ -159,6 +159,16 @@ def test_an_orthonormal_basis_is_kept():
     torch.testing.assert_close(scaled.basis, basis)
 
 
+def test_a_basis_that_is_being_optimised_is_taken_as_it_is():
+    basis, mean = normal(D, K, seed=6), normal(D, seed=7)
+    for leaves in ((basis.clone().requires_grad_(), mean), (basis, mean.clone().requires_grad_())):
+        attack = SubspaceFeatures(random_features(), leaves[0], mean=leaves[1])
+        assert not attack.basis.requires_grad
+        attack.describe()
+        expected = SubspaceFeatures(random_features(), basis, mean=mean)
+        assert torch.equal(attack.basis, expected.basis)
+
+
 def test_description_tells_two_bases_apart():
     model = random_features()
     first, again, other = (SubspaceFeatures(model, normal(D, K, seed=s)) for s in (0, 0, 1))
@@ -362,6 +372,7 @@ PICTURE |= {"max_steps": 5}
         (check_picture_cell, PICTURE, {"basis": "wavelet"}, "basis must be one of cosine"),
         (check_picture_cell, PICTURE, {"dataset": "digits"}, "dataset must be one of photographs"),
         (check_picture_cell, PICTURE, {"p_over_dn": 0}, "p_over_dn must be above 0"),
+        (check_picture_cell, PICTURE, {"k": 3 * 8**2 + 1}, "k must be at most d = 192, got 193"),
         (check_picture_cell, PICTURE, {"size": 2}, "size must be at least 4"),
     ],
 )

@@ -74,6 +74,51 @@ def test_of_nothing_it_is_zero():
     assert not SymmetricSum(5, device=torch.device("cpu")).total.any()
 
 
+def test_factors_of_other_shapes_are_refused(way):
+    V = randn(20, 64)
+    sums = SymmetricSum(64, device=torch.device("cpu"))
+    for A, B in ((V[:, 1:], V[:, 1:]), (V, V[1:]), (V, V[:, 1:]), (V[0], V[0])):
+        with pytest.raises(ValueError, match=r"of one shape \(h, 64\), got \("):
+            sums.add(A, B)
+    sums.add(V, V)
+    with pytest.raises(ValueError, match=r"got \(20, 65\) and \(20, 65\)"):
+        sums.add(randn(20, 65), randn(20, 65))
+    close(sums.total, V.double().T @ V.double())
+
+
+def test_later_factors_may_lie_anyhow(way):
+    A, V = factors(torch.float32, 33, 64)
+    sums = SymmetricSum(64, device=torch.device("cpu"))
+    sums.add(A, V)
+    sums.add(A.T.contiguous().T, torch.cat([V, V], 1)[:, 64:])
+    close(sums.total, 2 * A.double().T @ V.double())
+
+
+def test_sums_are_where_they_are_asked_for(way):
+    """Not where torch puts tensors by default."""
+    A, V = factors(torch.float32, 33, 64)
+    with torch.device("meta"):
+        sums = SymmetricSum(64, device=torch.device("cpu"))
+        sums.add(A, V)
+        found = sums.total
+    close(found, A.double().T @ V.double())
+
+
+@UNITS
+def test_later_factors_that_the_kernel_does_not_multiply_are_refused():
+    A, V = factors(torch.float32, 33, LEAST_COLUMNS)
+    sums = SymmetricSum(LEAST_COLUMNS, device=torch.device("cpu"))
+    sums.add(A, V)
+    for other in (V.bfloat16(), V.double(), V.to("meta"), V.clone().requires_grad_()):
+        with pytest.raises(ValueError, match=f"got torch.float32 on cpu and {other.dtype} on"):
+            sums.add(A, other)
+    with pytest.raises(ValueError, match="torch.float64 on cpu and torch.float64 on cpu"):
+        sums.add(A.double(), V.double())
+    sums.add(A.bfloat16(), V.bfloat16())  # that it multiplies, too
+    rounded = A.bfloat16().double().T @ V.bfloat16().double()
+    close(sums.total, A.double().T @ V.double() + rounded)
+
+
 @UNITS
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

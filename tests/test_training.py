@@ -27,9 +27,11 @@ def one_hot(n, C):
 def test_squared_loss_on_the_last_layer_ends_at_the_minimum_norm_fit():
     model, X, y = problem()
     theta_0 = torch.randn(1, model.p, dtype=X.dtype) / model.p**0.5
-    run = train_last_layer(model, X, y, theta_0=theta_0, target=1e-22)
+    run = train_last_layer(model, X, y, theta_0=torch.nn.Parameter(theta_0), target=1e-22)
+    assert not run.theta.requires_grad
     assert run.reached and run.loss <= 1e-22
-    fitted = fit_min_norm(model, X, y, theta_0=theta_0)
+    fitted = fit_min_norm(model, X, y, theta_0=torch.nn.Parameter(theta_0))
+    assert not fitted.requires_grad
     torch.testing.assert_close(run.theta, fitted, rtol=1e-7, atol=1e-10)
     assert run.residual_at_truth < 1e-20 and run.drift == 0
 
@@ -226,6 +228,16 @@ def test_training_that_is_interrupted_leaves_both_layers_as_they_were_then():
             outputs = trained(rows)
         raise KeyboardInterrupt
     torch.testing.assert_close(network(data.X), outputs)
+
+
+def test_a_frozen_first_layer_stays_as_it_is():
+    data = digits(5, labels="one-hot", seed=0)
+    network = TwoLayer(64, 60, 10)
+    network.body[0].weight.requires_grad_(False)
+    before = network.body[0].weight.clone()
+    run = train(network, data.X, data.y, target=1e-30, max_steps=5)
+    assert torch.equal(network.body[0].weight, before) and run.drift == 0
+    assert bool(run.theta.any())
 
 
 def test_more_samples_than_dimensions_train_without_a_span():

@@ -36,7 +36,7 @@ class DataSet:
         image_shape: (H, W) or (H, W, 3); None when the rows are not pictures.
         mean: mean of the pixels in [0, 1], shape () or (3,).
         scale: standard deviation of the pixels, shape () or (3,).
-        contrast: (n,) the factor c_i of each row.
+        contrast: (n,) the factor c_i of each row; shape () where it is the same for all.
         source: where the data come from.
         licence: under which terms.
         seed: the seed that chose the rows.
@@ -140,7 +140,8 @@ class DataSet:
             raise ValueError(f"index must be {m} whole numbers, got {index!r}")
         if index.size and (index.min() < -1 or index.max() >= self.n):
             raise ValueError(f"index must lie between -1 and {self.n - 1}, got {index!r}")
-        return np.where(index < 0, average, self.contrast[index])
+        contrast = self.contrast if self.contrast.ndim else np.full(self.n, self.contrast)
+        return np.where(index < 0, average, contrast[index])
 
 
 def _to_numpy(values: object) -> np.ndarray:

@@ -32,14 +32,17 @@ def sphere(
         A DataSet with real labels y of shape (n,), and no pictures.
 
     Raises:
-        ValueError: for n below 1, d below 2 (the sphere of dimension 1 has two points), or noise
-            that is negative or not finite.
+        ValueError: for n below 1, d below 2 (the sphere of dimension 1 has two points), a seed
+            below 0 or of 2^32 or more, or noise that is negative or not finite.
     """
     n, d = check_count("n", n), check_count("d", d, least=2)
     dtype = check_dtype(dtype)
     if not isinstance(noise, numbers.Real) or not (0 <= noise < math.inf):
         raise ValueError(f"noise must be a finite number of at least 0, got {noise!r}")
-    generator = torch.Generator().manual_seed(check_count("seed", seed, least=0))
+    if check_count("seed", seed, least=0) >= 2**32:
+        # The generator keeps 32 bits: 2^32 would give the data of seed 0.
+        raise ValueError(f"seed must be at least 0 and below 2^32, got {seed}")
+    generator = torch.Generator().manual_seed(int(seed))
     draw = {"generator": generator, "dtype": torch.float64}
     X = random_on_sphere(n, d, generator=generator)
     g = torch.randn(d, **draw) / math.sqrt(d)

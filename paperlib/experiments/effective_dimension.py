@@ -348,9 +348,9 @@ def check_picture_cell(
     Photographs are cut for it; CIFAR-10 need not be where the sweep is driven.
 
     Raises:
-        ValueError: for a count below 1, a ratio that is not positive, p below n, an unknown name,
-            photographs too large to be as many as are needed, or more principal directions than
-            the attacker has pictures.
+        ValueError: for a count below 1, k above d, a ratio that is not positive, p below n, an
+            unknown name, photographs too large to be as many as are needed, or more principal
+            directions than the attacker has pictures.
     """
     counts = {"n": n, "k": k, "restarts": restarts, "max_steps": max_steps}
     for name, value in counts.items():
@@ -369,6 +369,8 @@ def check_picture_cell(
             other_pictures(dataset, n, size=size, seed=data_seed)
         except ValueError as error:
             raise ValueError(f"too few photographs of size = {size}: {error}") from error
+    if k > d:
+        raise ValueError(f"k must be at most d = {d}, got {k}")
     if round(p_over_dn * d * n) < n:
         raise ValueError(f"p must be at least n = {n}, got {round(p_over_dn * d * n)}")
     if basis == "principal" and known < k < d:

@@ -81,6 +81,7 @@ class TwoLayer(Network):
         inner = nn.utils.skip_init(nn.Linear, n, self.p, bias=False, device=X.device, dtype=X.dtype)
         with torch.no_grad():
             inner.weight.copy_(weight @ Q)
+        inner.weight.requires_grad_(weight.requires_grad)  # a frozen first layer stays as it is
         start = inner.weight.detach().clone()
         try:
             yield nn.Sequential(inner, self.body[1], self.head), X @ Q
