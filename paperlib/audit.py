@@ -12,7 +12,6 @@ was guessed too large, a second attack tells which candidates are superfluous.
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -35,7 +34,7 @@ from paperlib.last_layer import (
     is_homogeneous,
 )
 from paperlib.law import independent_rows, most_readable, parameters_told
-from paperlib.module_features import ModuleFeatures
+from paperlib.module_features import ModuleFeatures, shape_of_input
 from paperlib.projection import projection_loss
 from paperlib.reconstruct import TOLERANCE
 from paperlib.record import Reconstruction
@@ -239,8 +238,7 @@ def audit(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    shape = (input_shape,) if isinstance(input_shape, numbers.Integral) else tuple(input_shape)
-    shape = tuple(check_count("input_shape", size) for size in shape)
+    shape = shape_of_input(input_shape)
     d = math.prod(shape)
     n = None if n is None else check_count("n", n)
     most = None if most is None else check_count("most", most)

@@ -62,23 +62,26 @@ def attack_twice(
         record = reconstruct(features, theta, n, **search | {"seed": seed})
         return _finish(features, theta, record, target)
 
+    def shares_of(record: Reconstruction) -> Tensor:
+        return shares(Linearization(features, theta, record.samples))
+
     record = attempt(search["seed"])
-    each = shares(Linearization(features, theta, record.samples))
+    each = shares_of(record)
     confirmed = torch.ones(n, dtype=torch.bool)
     if _in_doubt(record, each):
         other = attempt(search["seed"] + 1)
         if other.loss < record.loss and not read_back(record):
             record, other = other, record
-            each = shares(Linearization(features, theta, record.samples))
+            each = shares_of(record)
         if _in_doubt(record, each):
             again = repeated(record.samples) & (each < NEEDED).cpu()
             confirmed = witnessed(record.samples, other.samples) & ~again
     return nothing | {"record": record, "confirmed": confirmed, "shares": each}
 
 
-def _in_doubt(record: Reconstruction, shares: Tensor) -> bool:
-    """Whether samples need a witness."""
-    return not read_back(record) or float(shares.min()) < NEEDED
+def _in_doubt(record: Reconstruction, each: Tensor) -> bool:
+    """Whether samples need a witness, by the share of each."""
+    return not read_back(record) or float(each.min()) < NEEDED
 
 
 def _finish(

@@ -49,13 +49,13 @@ def removal_costs(inverse: Tensor, alpha: Tensor) -> Tensor:
 
 
 def shares(point: Linearization) -> Tensor:
-    """How much the loss rises if one of the candidates is removed, for each, (n,), on CPU or GPU.
+    """How much the loss rises if one of the candidates is removed, for each, (n,).
 
     A candidate that others can stand in for, such as one that is there twice, has a share of 0.
     """
     costs = removal_costs(point.gram_inverse, point.alpha) / point.total_square
-    absent = _absent(point.gram, point.gram_inverse)
-    if round(float(absent.sum())):
+    absent, left_out = _absent(point.gram, point.gram_inverse)
+    if left_out:
         costs[absent > DEPENDENT] = 0.0
     return costs
 
@@ -79,18 +79,18 @@ def least_useful(gram: Tensor, inverse: Tensor, alpha: Tensor) -> tuple[int, flo
         inverse: its pseudo-inverse.
         alpha: (n, C) coefficients.
     """
-    absent = _absent(gram, inverse)
-    dependent = round(float(absent.sum()))
-    if dependent:
-        return int(absent.argmax()), 0.0, len(gram) - dependent
+    absent, left_out = _absent(gram, inverse)
+    if left_out:
+        return int(absent.argmax()), 0.0, len(gram) - left_out
     costs = removal_costs(inverse, alpha)
     j = int(costs.argmin())
     return j, float(costs[j]), len(gram)
 
 
-def _absent(gram: Tensor, inverse: Tensor) -> Tensor:
-    """Diagonal of the projector on the directions that the pseudo-inverse left out, (n,)."""
-    return 1 - (inverse * gram).sum(1)
+def _absent(gram: Tensor, inverse: Tensor) -> tuple[Tensor, int]:
+    """Of the projector on the directions that the pseudo-inverse left out: diagonal (n,), rank."""
+    absent = 1 - (inverse * gram).sum(1)
+    return absent, round(float(absent.sum()))
 
 
 def inverse_of_rank(gram: Tensor, rank: int) -> Tensor:

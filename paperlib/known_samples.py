@@ -190,7 +190,7 @@ def _lifted(
     """
     lifted = WithoutKnown(rest.inner, rest.known, lift=True)
     # Message passing and the search of a subspace need all features: they refuse the lifted ones.
-    record = reconstruct(lifted, lifted.off(theta), n, **{**options, "start": "random"})
+    record = reconstruct(lifted, lifted.off(theta), n, **options | {"start": "random"})
     begun, tolerance = time.perf_counter(), before.options["tolerance"]
     finish = descend(
         rest,

@@ -36,8 +36,8 @@ class PrivateRidge:
 
     The guarantee covers this one release of theta, samples and labels alike, for data sets of the
     same n that differ in one sample, as long as nobody can draw the noise again (so without a
-    seed). It does not cover what was computed from the data before (a
-    mean or scale of the pixels), nor the choice of ridge and bound if those were tuned on the data.
+    seed). It does not cover what was computed from the data before (a mean or scale of the pixels),
+    nor the choice of ridge and bound if those were tuned on the data.
 
     Attributes:
         theta: (C, p), released.
@@ -136,8 +136,17 @@ def gaussian_delta(sensitivity: float, sigma: float, epsilon: float) -> float:
 
     Phi(D/(2s) - e s/D) - e^e Phi(-D/(2s) - e s/D), exact (Balle and Wang 2018, theorem 8).
     """
-    ratio = check_positive("sensitivity", sensitivity) / check_positive("sigma", sigma)
-    shift = check_positive("epsilon", epsilon) / ratio
+    return _delta(_ratio(sensitivity, sigma), check_positive("epsilon", epsilon))
+
+
+def _ratio(sensitivity: float, sigma: float) -> float:
+    """D/s, of numbers above 0."""
+    return check_positive("sensitivity", sensitivity) / check_positive("sigma", sigma)
+
+
+def _delta(ratio: float, epsilon: float) -> float:
+    """`gaussian_delta` by D/s, and at epsilon = 0 too: 2 Phi(D/(2s)) - 1."""
+    shift = epsilon / ratio
     # Logarithms, since e^epsilon overflows where the second term is of a moderate size.
     first = log_ndtr(ratio / 2 - shift)
     second = epsilon + log_ndtr(-ratio / 2 - shift)
@@ -174,9 +183,7 @@ def gaussian_epsilon(sensitivity: float, sigma: float, delta: float) -> float:
         ValueError: for a sensitivity or a sigma that is not above 0, or delta outside (0, 1).
     """
     check_positive("delta", delta, below=1.0)
-    # The delta at epsilon = 0: 2 Phi(D / (2 s)) - 1.
-    ratio = check_positive("sensitivity", sensitivity) / check_positive("sigma", sigma)
-    if math.erf(ratio / math.sqrt(8)) <= delta:
+    if _delta(_ratio(sensitivity, sigma), 0.0) <= delta:
         return 0.0
     low, high = 0.0, 1e-6
     while gaussian_delta(sensitivity, sigma, high) > delta:

@@ -81,7 +81,8 @@ class RandomFeatures(FeatureMap):
         if block_rows is None:
             processes = 1 if group is None else group.size()
             block_rows = default_block_rows(self.device, self.p, self.d, processes=processes)
-        if check_count("block_rows", block_rows, least=0) % ROWS_PER_DRAW or block_rows == 0:
+        check_count("block_rows", block_rows, least=0)
+        if block_rows < ROWS_PER_DRAW or block_rows % ROWS_PER_DRAW:
             raise ValueError(
                 f"block_rows must be a positive multiple of {ROWS_PER_DRAW}, got {block_rows}"
             )
